@@ -1,0 +1,33 @@
+"""Errors a user can act on: each message names the thing, the value and the remedy."""
+
+
+class UserError(Exception):
+    """Base of every error the command line prints as one sentence instead of a traceback."""
+
+
+class ConfigError(UserError):
+    """A run file says something that cannot be meant."""
+
+
+class DataError(UserError):
+    """A table does not keep its contract: columns, types, labels, keys."""
+
+
+class IdError(DataError):
+    """An id lies outside its embedding table."""
+
+
+class ArtefactError(UserError):
+    """A stored artefact is incomplete, altered, or belongs to something else."""
+
+
+class PublishedError(UserError):
+    """The name to publish under is taken, and overwriting was not asked for."""
+
+
+class RegistryError(UserError):
+    """MLflow cannot be reached, or has no such model."""
+
+
+class EnvironmentFault(UserError):
+    """The installation or the machine cannot do what was asked."""

@@ -1,0 +1,251 @@
+"""The only module that publishes: every artefact is a folder with a manifest, made visible by one atomic step.
+
+A folder is written under a staging name, fsynced, given its manifest, renamed to a version name that is the hash of
+its content, and published as a symbolic link. Readers resolve the link once and see all of one version; a killed
+writer leaves only a staging folder, which the next writer of that name sweeps away.
+
+    scores/day=2026-03-07 -> .versions/day=2026-03-07@5c1f0e...      what readers open
+    scores/.versions/day=2026-03-07@5c1f0e.../{part-0.parquet, manifest.json}
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from base.config import Config
+from base.errors import ArtefactError, PublishedError
+from base.faults import faultpoint
+
+MANIFEST = "manifest.json"
+_VERSIONS = ".versions"
+
+
+class File(Config):
+    """One file of an artefact."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(Config):
+    """What an artefact consists of; written last, so its presence means the folder is complete."""
+
+    kind: str
+    """Which artefact this is: examples, features, bundle, scores, ..."""
+    files: dict[str, File]
+    about: dict[str, Any] = {}
+    """Facts a reader needs before opening a file: row counts, versions, parents."""
+
+    @property
+    def version(self) -> str:
+        """Hash of the content: equal bytes have equal versions."""
+        return hashlib.sha256(_dump(self)).hexdigest()[:16]
+
+
+class Staging:
+    """A folder being written. `staging / "a.parquet"` is where a file goes; `about` ends up in the manifest."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.about: dict[str, Any] = {}
+
+    def __truediv__(self, name: str) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+@contextmanager
+def publish(target: Path, kind: str, *, overwrite: bool = False, keep: int | None = None) -> Iterator[Staging]:
+    """Write an artefact in the body; on leaving it, publish the whole folder as `target`, or nothing at all.
+
+    Without `overwrite` an existing `target` is refused, before the body and again at the last step, so that of two
+    writers at once exactly one wins. `keep` removes all but the newest `keep` versions afterwards.
+    Raises PublishedError where the name is taken; errors of the body pass through and leave no trace.
+    """
+    if not overwrite and is_published(target):
+        raise _taken(target)
+    versions = target.parent / _VERSIONS
+    versions.mkdir(parents=True, exist_ok=True)
+    _sweep(versions, target.name)
+    staging_folder = Path(tempfile.mkdtemp(prefix=f".staging-{target.name}@", dir=versions))
+    with _locked(staging_folder):
+        try:
+            staging = Staging(staging_folder)
+            yield staging
+            faultpoint("storage.written")
+            manifest = _seal(staging, kind)
+            faultpoint("storage.sealed")
+            version = versions / f"{target.name}@{manifest.version}"
+            if version.exists():  # the same bytes were published before
+                shutil.rmtree(staging_folder)
+                version.touch()
+            else:
+                os.rename(staging_folder, version)
+            _fsync(versions)
+            faultpoint("storage.renamed")
+            _link(target, version, overwrite=overwrite)
+            faultpoint("storage.linked")
+        finally:
+            shutil.rmtree(staging_folder, ignore_errors=True)
+    if keep is not None:
+        prune(target, keep=keep)
+
+
+def is_published(target: Path) -> bool:
+    """Whether something stands under the name `target`."""
+    return target.is_symlink() or target.exists()
+
+
+def resolve(target: Path, kind: str | None = None) -> Path:
+    """The version folder behind `target`, followed once; read everything of one artefact through the result.
+
+    Raises ArtefactError if nothing is published there, it has no manifest, or it is of another kind.
+    """
+    folder = target.resolve()
+    if not folder.is_dir():
+        raise ArtefactError(f"{target}: nothing is published there; run the step that makes it")
+    manifest = read_manifest(folder)
+    if kind is not None and manifest.kind != kind:
+        raise ArtefactError(f"{target}: holds {manifest.kind!r}, not {kind!r}; check the path")
+    return folder
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an artefact. Raises ArtefactError if it is missing or unreadable."""
+    path = folder / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtefactError(f"{path}: missing, so this folder is not a complete artefact; make it again") from None
+    except ValueError as error:
+        raise ArtefactError(f"{path}: not a manifest ({str(error).splitlines()[0]}); make the artefact again") from None
+
+
+def verify(folder: Path) -> Manifest:
+    """Check every file of an artefact against its manifest.
+
+    Raises ArtefactError naming the first file that is missing, altered, or not listed.
+    """
+    manifest = read_manifest(folder)
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    for name, expected in manifest.files.items():
+        if name not in present:
+            raise ArtefactError(f"{folder / name}: missing, though the manifest lists it; restore or rebuild it")
+        if _describe(folder / name) != expected:
+            raise ArtefactError(f"{folder / name}: differs from its checksum in the manifest; restore or rebuild it")
+    for name in sorted(present - manifest.files.keys()):
+        raise ArtefactError(f"{folder / name}: not listed in the manifest; remove it or rebuild the artefact")
+    return manifest
+
+
+def versions_of(target: Path) -> list[Path]:
+    """All published versions of `target`, oldest first."""
+    found = [p for p in (target.parent / _VERSIONS).glob(f"{target.name}@*") if p.is_dir()]
+    return sorted(found, key=lambda p: (p.stat().st_mtime_ns, p.name))
+
+
+def prune(target: Path, *, keep: int, spare: Sequence[str] = ()) -> None:
+    """Remove old versions of `target`: all but the newest `keep`, the published one, and those named in `spare`."""
+    current = target.resolve()
+    for version in versions_of(target)[:-keep]:
+        if version != current and version_name(version) not in spare:
+            shutil.rmtree(version)
+
+
+def version_name(folder: Path) -> str:
+    """The version part of a version folder's name."""
+    return folder.name.rpartition("@")[2]
+
+
+def dump_json(value: Mapping[str, Any] | Sequence[Any]) -> bytes:
+    """JSON with sorted keys, so that equal values have equal bytes."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str).encode()
+
+
+def _seal(staging: Staging, kind: str) -> Manifest:
+    paths = sorted(p for p in staging.folder.rglob("*") if p.is_file())
+    for path in paths:
+        _fsync(path)
+        faultpoint("storage.synced")
+    files = {str(p.relative_to(staging.folder)): _describe(p) for p in paths}
+    manifest = Manifest(kind=kind, files=files, about=staging.about)
+    (staging / MANIFEST).write_bytes(_dump(manifest))
+    _fsync(staging / MANIFEST)
+    for folder in sorted({p.parent for p in paths} | {staging.folder}):
+        _fsync(folder)
+    return manifest
+
+
+def _dump(manifest: Manifest) -> bytes:
+    return dump_json(manifest.model_dump(mode="json"))
+
+
+def _describe(path: Path) -> File:
+    with path.open("rb") as file:
+        return File(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _link(target: Path, version: Path, *, overwrite: bool) -> None:
+    destination = version.relative_to(target.parent)
+    if not overwrite:
+        try:
+            os.symlink(destination, target)  # fails if the name is taken: of two writers one wins
+        except FileExistsError:
+            raise _taken(target) from None
+    elif target.is_dir() and not target.is_symlink():
+        raise PublishedError(f"{target}: is an ordinary folder, not a published link; move it away")
+    else:
+        fresh = version.with_name(f".link-{target.name}@{os.getpid()}")
+        fresh.unlink(missing_ok=True)
+        os.symlink(os.path.relpath(version, target.parent), fresh)
+        os.replace(fresh, target)
+    _fsync(target.parent)
+
+
+def _taken(target: Path) -> PublishedError:
+    return PublishedError(f"{target}: already published; pass --overwrite to replace it, or choose another name")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a staging folder, so that a sweep can tell a live writer's from a dead one's."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(versions: Path, name: str) -> None:
+    """Remove what killed writers of `name` left behind."""
+    for left in [*versions.glob(f".staging-{name}@*"), *versions.glob(f".link-{name}@*")]:
+        if left.is_symlink():
+            with suppress(FileNotFoundError):
+                left.unlink()
+            continue
+        with suppress(FileNotFoundError):
+            descriptor = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            except BlockingIOError:
+                pass  # a live writer's
+            finally:
+                os.close(descriptor)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
