@@ -109,8 +109,8 @@ def _readable(location: Sequence[str | int], tree: Any) -> str:
             node = node[part]
         elif isinstance(node, list) and isinstance(part, int) and part < len(node):
             node = node[part]
-        elif isinstance(node, Mapping) and part in node.values() and i < len(location) - 1:
-            continue  # a discriminator's value, not a key
+        elif isinstance(node, Mapping) and i < len(location) - 1:
+            continue  # the tag of a union, not a key
         parts.append(f"[{part}]" if isinstance(part, int) else f".{part}" if parts else str(part))
     return "".join(parts)
 

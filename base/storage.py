@@ -74,9 +74,8 @@ def publish(target: Path, kind: str, *, overwrite: bool = False, keep: int | Non
         raise _taken(target)
     versions = target.parent / _VERSIONS
     versions.mkdir(parents=True, exist_ok=True)
-    _sweep(versions, target.name)
-    staging_folder = Path(tempfile.mkdtemp(prefix=f".staging-{target.name}@", dir=versions))
-    with _locked(staging_folder):
+    staging_folder, lock = _new_staging(versions, target.name)
+    with lock:
         try:
             staging = Staging(staging_folder)
             yield staging
@@ -214,33 +213,33 @@ def _taken(target: Path) -> PublishedError:
     return PublishedError(f"{target}: already published; pass --overwrite to replace it, or choose another name")
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on a staging folder, so that a sweep can tell a live writer's from a dead one's."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+class _Lock:
+    """An exclusive lock on a folder, held until `__exit__`; it dies with its process."""
+
+    def __init__(self, folder: Path, *, wait: bool = True) -> None:
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
 
 
-def _sweep(versions: Path, name: str) -> None:
-    """Remove what killed writers of `name` left behind."""
-    for left in [*versions.glob(f".staging-{name}@*"), *versions.glob(f".link-{name}@*")]:
-        if left.is_symlink():
-            with suppress(FileNotFoundError):
-                left.unlink()
-            continue
-        with suppress(FileNotFoundError):
-            descriptor = os.open(left, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _new_staging(versions: Path, name: str) -> tuple[Path, _Lock]:
+    """Sweep what killed writers of `name` left, then make a staging folder whose lock says that its writer lives."""
+    with _Lock(versions):
+        for left in versions.glob(f".link-{name}@*"):
+            left.unlink(missing_ok=True)
+        for left in versions.glob(f".staging-{name}@*"):
+            with suppress(BlockingIOError, FileNotFoundError), _Lock(left, wait=False):
                 shutil.rmtree(left, ignore_errors=True)
-            except BlockingIOError:
-                pass  # a live writer's
-            finally:
-                os.close(descriptor)
+        folder = Path(tempfile.mkdtemp(prefix=f".staging-{name}@", dir=versions))
+        return folder, _Lock(folder)
 
 
 def _fsync(path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Tables in, one example table out. Polars; never torch."""

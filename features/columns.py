@@ -1,0 +1,97 @@
+"""Raw columns: which types the features accept, and row-wise SQL over them."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import polars as pl
+
+from base.errors import ConfigError, DataError
+
+Kind = Literal["integer", "float", "text", "boolean", "date", "missing", "integers", "texts", "other"]
+"""What a raw column holds. `missing`: a column of nulls, as readers give for an empty CSV column."""
+
+NUMBERS: tuple[Kind, ...] = ("integer", "float", "boolean", "missing")
+IDS: tuple[Kind, ...] = ("integer", "text", "boolean", "date", "missing")
+BAGS: tuple[Kind, ...] = ("integers", "texts", "missing")
+
+
+def kind_of(dtype: pl.DataType) -> Kind:
+    """The kind of a raw column, from its Polars type."""
+    if dtype.is_integer():
+        return "integer"
+    if dtype.is_float() or dtype.is_decimal():
+        return "float"
+    if isinstance(dtype, pl.List | pl.Array):
+        match kind_of(dtype.inner):  # pyright: ignore[reportArgumentType]  (declared as a type class, is an instance)
+            case "integer":
+                return "integers"
+            case "text":
+                return "texts"
+            case _:
+                return "other"
+    if dtype in (pl.String, pl.Categorical) or isinstance(dtype, pl.Enum | pl.Categorical):
+        return "text"
+    if dtype == pl.Boolean:
+        return "boolean"
+    if dtype == pl.Date:
+        return "date"
+    return "missing" if dtype == pl.Null else "other"
+
+
+def check_kind(column: str, found: Kind, accepted: Iterable[Kind], wanted_by: str) -> None:
+    """Raise DataError unless a column of kind `found` is accepted."""
+    accepted = tuple(accepted)
+    if found in accepted:
+        return
+    remedy = "convert it in the log, or in [derive] with CAST"
+    if found == "float" and "integer" in accepted:
+        remedy = "ids must not pass through float (they lose digits): store it as integer or text"
+    if found in ("integers", "texts"):
+        remedy = "set multi = true for list columns"
+    if found == "text" and "texts" in accepted:
+        remedy = 'give separator = "|" to split text into a list'
+    wanted = ", ".join(k for k in accepted if k != "missing")
+    raise DataError(f"column {column!r} holds {found}; {wanted_by} takes {wanted}: {remedy}")
+
+
+def require(columns: Iterable[str], present: Iterable[str], wanted_by: str) -> None:
+    """Raise DataError naming the first column that is not there, and the nearest one that is."""
+    present = tuple(present)
+    for column in columns:
+        if column not in present:
+            close = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise DataError(f"{wanted_by}: column {column!r} is missing{hint} Present: {', '.join(present)}")
+
+
+def sql(expression: str, *, where: str) -> pl.Expr:
+    """A row-wise SQL expression. Raises ConfigError if it does not parse or looks at more than one row."""
+    try:
+        parsed = pl.sql_expr(expression)
+        roots = parsed.meta.root_names()
+    except pl.exceptions.PolarsError as error:
+        raise ConfigError(f"{where} = {expression!r}: not a SQL expression: {error}") from None
+    probe = pl.DataFrame({name: pl.Series([], dtype=pl.Null) for name in roots})
+    try:
+        aggregates = bool(roots) and probe.select(parsed).height > 0  # a sum of no rows is one row
+    except pl.exceptions.PolarsError:
+        aggregates = False  # a type that the null probe does not have; the real column decides
+    if aggregates or not roots:
+        raise ConfigError(f"{where} = {expression!r}: must be computed from columns of one row, without aggregates")
+    return parsed
+
+
+def roots_of(expressions: Mapping[str, str]) -> dict[str, set[str]]:
+    """The columns each SQL expression reads."""
+    return {name: set(pl.sql_expr(text).meta.root_names()) for name, text in expressions.items()}
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn Polars' own errors while reading `what` into a DataError that names it."""
+    try:
+        yield
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{what}: {str(error).strip().splitlines()[0]}; check the column's type or its expression") from error

@@ -1,0 +1,1 @@
+"""Readers for the few formats that a run file cannot describe."""

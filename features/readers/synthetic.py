@@ -1,0 +1,364 @@
+"""A synthetic impression log with known click probabilities: the noise floor of every metric is known too.
+
+Every random number is a hash: of (seed, day, row, what it decides) for the log, of (seed, field, id) for the
+truth. So a day is generated alone, the chunk size changes nothing, an id has its effect without a table, and a
+draw added later moves no draw made before.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date
+from functools import lru_cache
+from typing import Final, TypeAlias
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from pydantic import Field, NonNegativeInt
+
+from base.config import Config
+from base.errors import ConfigError
+
+Floats: TypeAlias = NDArray[np.float64]
+Ints: TypeAlias = NDArray[np.int64]
+Popularity: TypeAlias = Callable[[Floats, int], Ints]  # uniform draws, number of ids -> ids
+
+KEY: Final = "impression_id"
+FEATURES: Final = (
+    *("user_id", "item_id", "advertiser", "category", "device", "country"),
+    *("placement", "hour", "tags", "price", "age", "recency_hours"),
+)
+LABEL: Final = "click"
+TRUTH: Final = "click_probability"  # what no model may see
+INTERACTIONS: Final = (("device", "category"), ("country", "placement"))
+
+LEVELS: Final[Mapping[str, tuple[str, ...]]] = {
+    "category": (
+        *("arts", "autos", "baby", "beauty", "books", "business", "dating", "education"),
+        *("fashion", "fitness", "food", "games", "garden", "health", "home", "jobs"),
+        *("movies", "music", "news", "pets", "politics", "sports", "tech", "travel"),
+    ),
+    "device": ("phone", "desktop", "tablet", "tv", "watch"),
+    "country": (
+        *("US", "IN", "BR", "ID", "GB", "DE", "FR", "MX", "JP", "ES"),
+        *("IT", "TR", "PH", "CA", "VN", "TH", "PL", "AR", "CO", "KR"),
+        *("AU", "NL", "EG", "PK", "NG", "BD", "MY", "RO", "ZA", "UA"),
+        *("CL", "PE", "SE", "BE", "CZ", "PT", "GR", "HU", "AT", "DK"),
+    ),
+    "placement": ("feed", "search", "story", "video", "sidebar", "banner"),
+    "advertiser": tuple(f"a{i}" for i in range(500)),
+    "tags": tuple(f"t{i}" for i in range(200)),
+}
+_SHARES: Final[Mapping[str, Floats]] = {  # how often each level is drawn
+    "category": np.full(24, 1 / 24),
+    "device": np.array([0.32, 0.26, 0.18, 0.14, 0.10]),
+    "country": np.arange(1, 41) ** -1.0 / np.sum(np.arange(1, 41) ** -1.0),
+    "placement": np.array([0.30, 0.22, 0.16, 0.13, 0.11, 0.08]),
+    "hour": (1.2 + np.sin((np.arange(24) - 10) * np.pi / 12)) / (24 * 1.2),  # quiet at 4, busy at 16
+}
+# Standard deviations of effects on the logit. Main effects are small, so that most of the signal can be learned.
+_INTERACTION_SD: Final = 1.0
+_MAIN_SD: Final[Mapping[str, float]] = {
+    "user_id": 0.25,
+    "item_id": 0.25,
+    "advertiser": 0.15,
+    "category": 0.15,
+    "device": 0.15,
+    "country": 0.15,
+    "placement": 0.15,
+    "tags": 0.10,  # of each tag
+}
+_BIRTHS: Final = 0.01  # ids born a day, as a share of the first population
+_MISSING: Final[Mapping[str, float]] = {"price": 0.05, "age": 0.10, "advertiser": 0.02, "tags": 0.03}
+_TAG_SLOTS: Final = 5
+_REFERENCE_ROWS: Final = 1 << 18
+
+
+class SyntheticConfig(Config):
+    """What the log looks like. Two equal configurations give equal logs.
+
+    `users` and `items` count the ids that exist before `start` (0 .. users-1); every day the next `users`/100 and
+    `items`/100 ids are born, and appear from that day on. Of a day's impressions, `new_user_share` come from
+    users born that day and `new_item_share` show an item born that day. `click_rate` is the mean of the click
+    probabilities, met to about 0.002.
+    """
+
+    rows_per_day: int = Field(default=100_000, ge=1, lt=1 << 32)
+    users: int = Field(default=150_000, ge=100, le=1 << 40)
+    items: int = Field(default=20_000, ge=100, le=1 << 40)
+    click_rate: float = Field(default=0.2, gt=0, lt=1)
+    new_user_share: float = Field(default=0.03, ge=0, le=1)
+    new_item_share: float = Field(default=0.02, ge=0, le=1)
+    seed: NonNegativeInt = 0
+    start: date = date(2026, 3, 1)
+
+
+def generate_day(config: SyntheticConfig, day: date, *, chunk_rows: int = 250_000) -> Iterator[pl.DataFrame]:
+    """The `rows_per_day` impressions of `day` in frames of `chunk_rows`; memory is that of one frame.
+
+    Columns: `impression_id` (Int64, unique over all days), `day` (Date), the twelve FEATURES, `click` (Int8, 0 or
+    1) and the `click_probability` it was drawn from (Float64; what no model may see). `price` is in currency
+    units, `age` in years, `recency_hours` the time since the user's last visit. Rows are in no order of time. The
+    rows depend neither on `chunk_rows` nor on other days.
+
+    Raises ConfigError if `day` lies before `config.start`, or `chunk_rows` is below 1.
+    """
+    if day < config.start:
+        raise ConfigError(f"day = {day}: the log begins at start = {config.start}; ask for that day or a later one")
+    if chunk_rows < 1:
+        raise ConfigError(f"chunk_rows = {chunk_rows}: a chunk holds at least one row")
+    return _chunks(config, day, chunk_rows)
+
+
+def day_frame(config: SyntheticConfig, day: date) -> pl.DataFrame:
+    """The whole of `generate_day` as one frame."""
+    return pl.concat(generate_day(config, day), rechunk=True)
+
+
+def id_effect(config: SyntheticConfig, field: str, ids: Ints) -> Floats:
+    """Main effect of each id on the click logit, shape of `ids`; the same on every day.
+
+    `field` is user_id, item_id or one of LEVELS; an id is the number in a user's name, an item's id, or an index
+    into LEVELS[field].
+    """
+    return _MAIN_SD[field] * _normal(_key(config.seed, "effect", field), ids)
+
+
+def planted_effects(config: SyntheticConfig, pair: tuple[str, str]) -> pl.DataFrame:
+    """Effect on the click logit of every pair of levels: columns pair[0], pair[1] and `effect` (Float64).
+
+    `pair` is one of INTERACTIONS. Over the log, the effect has mean 0 at every level of either field and standard
+    deviation 1, but for sampling error.
+    """
+    matrix = _world(config).interactions[pair]
+    first, second = (LEVELS[field] for field in pair)
+    cells = [(a, b, matrix[i, j]) for i, a in enumerate(first) for j, b in enumerate(second)]
+    return pl.DataFrame(cells, schema={pair[0]: pl.String, pair[1]: pl.String, "effect": pl.Float64}, orient="row")
+
+
+# The log: who saw what.
+
+
+@dataclass(frozen=True, slots=True)
+class _Impressions:
+    """N impressions before anyone clicked. Whatever is missing adds nothing to the logit."""
+
+    row: Ints  # (N,) within the day
+    ids: Mapping[str, Ints]  # (N,) each: an id, or an index into LEVELS; one past its end where missing
+    hour: Ints  # (N,)
+    bag: Ints  # (N,) which of the M bags of tags, -1 where missing
+    bag_tags: Ints  # (M, _TAG_SLOTS), of which a bag holds the first `bag_size`
+    bag_size: Ints  # (M,)
+    price_z: Floats  # (N,) standardised logarithm of the price, NaN where missing
+    age: Floats  # (N,) years, NaN where missing
+    recency: Floats  # (N,) exponential, mean 1: the tail of the recency's logarithm
+
+
+def _impressions(config: SyntheticConfig, stream: str, day_index: int, row: Ints) -> _Impressions:
+    """Rows `row` of a stream (a day, or the reference sample), with the ids that are alive on `day_index`."""
+
+    def draw(what: str) -> Floats:
+        return _uniform(_key(config.seed, stream, what), row)
+
+    def missing(field: str) -> NDArray[np.bool_]:
+        return draw(f"missing {field}") < _MISSING[field]
+
+    def alive(what: str, first: int, new_share: float, popularity: Popularity) -> Ints:
+        """Ids 0 .. first-1 exist from the start; the next `births` are born, and first seen, every day."""
+        births = max(1, round(first * _BIRTHS))
+        before = first + day_index * births
+        born_today = before + (draw(what) * births).astype(np.int64)
+        return np.where(draw(f"new {what}") < new_share, born_today, popularity(draw(what), before))
+
+    user = alive("user", config.users, config.new_user_share, _flat_popularity)
+    item = alive("item", config.items, config.new_item_share, _zipf_popularity)
+
+    def of_user(what: str) -> Floats:
+        return _uniform(_key(config.seed, "user", what), user)
+
+    def of_item(what: str, items: Ints = item) -> Floats:
+        return _uniform(_key(config.seed, "item", what), items)
+
+    distinct, bag = np.unique(item, return_inverse=True)  # far fewer bags than rows
+    advertiser = _flat_popularity(of_item("advertiser"), len(LEVELS["advertiser"]))
+    price_of_item = _normal(_key(config.seed, "item", "price"), item)
+    price_z = 0.8 * price_of_item + 0.6 * _normal(_key(config.seed, stream, "price"), row)
+    age = 18 + np.floor(62 * of_user("age") ** 1.5)
+    return _Impressions(
+        row=row,
+        ids={
+            "user_id": user,
+            "item_id": item,
+            "advertiser": np.where(missing("advertiser"), len(LEVELS["advertiser"]), advertiser),
+            "category": _level("category", of_item("category")),
+            "device": _level("device", draw("device")),
+            "country": _level("country", of_user("country")),
+            "placement": _level("placement", draw("placement")),
+        },
+        hour=_level("hour", draw("hour")),
+        bag=np.where(missing("tags"), -1, bag),
+        bag_tags=np.stack([_tag(slot, of_item(f"tag {slot}", distinct)) for slot in range(_TAG_SLOTS)], axis=1),
+        bag_size=(of_item("tags", distinct) * (_TAG_SLOTS + 1)).astype(np.int64),
+        price_z=np.where(missing("price"), np.nan, price_z),
+        age=np.where(of_user("missing age") < _MISSING["age"], np.nan, age),
+        recency=-np.log1p(-draw("recency")),
+    )
+
+
+def _flat_popularity(draw: Floats, count: int) -> Ints:
+    """Popularity falls with the square root of the id."""
+    return (count * draw**2).astype(np.int64)
+
+
+def _zipf_popularity(draw: Floats, count: int) -> Ints:
+    """Popularity falls with the id (Zipf's law)."""
+    return np.minimum(np.exp(draw * np.log(count + 1)).astype(np.int64), count) - 1
+
+
+def _level(field: str, draw: Floats) -> Ints:
+    return np.searchsorted(np.cumsum(_SHARES[field])[:-1], draw, side="right")
+
+
+def _tag(slot: int, draw: Floats) -> Ints:
+    """Each slot of a bag has tags of its own, a few of them popular; so no bag holds a tag twice."""
+    return slot + _TAG_SLOTS * _flat_popularity(draw, len(LEVELS["tags"]) // _TAG_SLOTS)
+
+
+# The truth: what makes them click.
+
+
+@dataclass(frozen=True, slots=True)
+class _World:
+    """What is the same on every day."""
+
+    interactions: Mapping[tuple[str, str], Floats]  # (levels of the first field, levels of the second)
+    click_intercept: float
+
+
+def _world(config: SyntheticConfig) -> _World:
+    return _world_of(config.model_dump_json())
+
+
+@lru_cache(maxsize=16)
+def _world_of(text: str) -> _World:
+    """Centres the interactions and solves the intercept on a reference sample that is no day of the log."""
+    config = SyntheticConfig.model_validate_json(text)
+    sample = _impressions(config, "reference", 0, np.arange(_REFERENCE_ROWS))
+    interactions = {pair: _interaction(config, sample, pair) for pair in INTERACTIONS}
+    logit = _click_logit(config, _World(interactions, 0.0), sample)
+    return _World(interactions, _intercept(logit, config.click_rate))
+
+
+def _interaction(config: SyntheticConfig, sample: _Impressions, pair: tuple[str, str]) -> Floats:
+    """Random, then centred by row and by column, so that no sum of main effects can explain any of it."""
+    sizes = [len(LEVELS[field]) for field in pair]
+    rows, columns = (np.bincount(sample.ids[field], minlength=len(LEVELS[field])) / _REFERENCE_ROWS for field in pair)
+    matrix = _normal(_key(config.seed, "interaction", *pair), np.arange(sizes[0] * sizes[1])).reshape(sizes)
+    matrix = matrix - (matrix @ columns)[:, None]
+    matrix = matrix - rows @ matrix
+    return matrix * (_INTERACTION_SD / np.sqrt(rows @ matrix**2 @ columns))
+
+
+def _click_logit(config: SyntheticConfig, world: _World, seen: _Impressions) -> Floats:
+    logit = np.full(len(seen.row), world.click_intercept)
+    for field, ids in seen.ids.items():
+        is_known = ids < len(LEVELS[field]) if field in LEVELS else True
+        logit += np.where(is_known, id_effect(config, field, ids), 0.0)
+    is_tag = np.arange(_TAG_SLOTS) < seen.bag_size[:, None]
+    of_bag = np.where(is_tag, id_effect(config, "tags", seen.bag_tags), 0.0).sum(axis=1)
+    logit += np.where(seen.bag >= 0, of_bag[seen.bag], 0.0)
+    for (first, second), matrix in world.interactions.items():
+        logit += matrix[seen.ids[first], seen.ids[second]]
+    logit += 0.15 * np.cos((seen.hour - 20) * np.pi / 12)
+    logit -= 0.25 * np.nan_to_num(seen.price_z)
+    logit -= 0.10 * np.nan_to_num((seen.age - 42) / 15)
+    logit -= 0.15 * (seen.recency - 1)
+    return logit
+
+
+def _intercept(logit: Floats, rate: float) -> float:
+    """What to add to `logit` for the mean probability to be `rate`, by bisection."""
+    low, high = -40.0, 40.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _sigmoid(logit + middle).mean() < rate else (low, middle)
+    return low
+
+
+# The frames.
+
+
+def _chunks(config: SyntheticConfig, day: date, chunk_rows: int) -> Iterator[pl.DataFrame]:
+    world, stream = _world(config), day.isoformat()
+    for begin in range(0, config.rows_per_day, chunk_rows):
+        row = np.arange(begin, min(begin + chunk_rows, config.rows_per_day))
+        seen = _impressions(config, stream, (day - config.start).days, row)
+        probability = _sigmoid(_click_logit(config, world, seen))
+        click = _uniform(_key(config.seed, stream, "click"), row) < probability
+        outcome = [pl.Series(LABEL, click.astype(np.int8)), pl.Series(TRUTH, probability)]
+        yield _feature_frame(day, seen).with_columns(outcome)
+
+
+def _feature_frame(day: date, seen: _Impressions) -> pl.DataFrame:
+    names = {field: pl.Series([*levels, None], dtype=pl.String) for field, levels in LEVELS.items()}
+    text = {field: names[field].gather(pl.Series(ids)) for field, ids in seen.ids.items() if field in LEVELS}
+    numbers = {
+        KEY: (day.toordinal() << 32) + seen.row,  # below 2^53: no float can spoil it
+        "item_id": seen.ids["item_id"],
+        "hour": seen.hour,
+        "price": np.exp(1.5 + 0.8 * seen.price_z),
+        "age": seen.age,
+        "recency_hours": np.expm1(seen.recency / 1.2),  # a Pareto tail: a mean, but no variance
+    }
+    return (
+        pl.DataFrame({**numbers, **text, "user_id": seen.ids["user_id"], "tags": _tag_lists(seen)})
+        .select(
+            KEY,
+            pl.lit(day).alias("day"),
+            pl.concat_str(pl.lit("u"), pl.col("user_id").cast(pl.String)).alias("user_id"),
+            *FEATURES[1:],
+        )
+        .with_columns(pl.col("price").fill_nan(None), pl.col("age").fill_nan(None).cast(pl.Int64))
+    )
+
+
+def _tag_lists(seen: _Impressions) -> pl.Series:
+    names = pl.Series(LEVELS["tags"])
+    slots = pl.DataFrame({f"{slot}": names.gather(pl.Series(seen.bag_tags[:, slot])) for slot in range(_TAG_SLOTS)})
+    bags = slots.select(pl.concat_list(pl.all()).list.head(pl.lit(pl.Series(seen.bag_size)))).to_series()
+    bag = pl.Series(seen.bag)
+    return bags.gather(bag.set(bag < 0, None))
+
+
+# Numbers from hashes.
+
+
+def _key(seed: int, *what: str) -> int:
+    """64 bits that name one stream of random numbers."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, what)).encode(), digest_size=8).digest(), "little")
+
+
+def _hash(key: int, ids: Ints) -> NDArray[np.uint64]:
+    """SplitMix64 (Steele, Lea and Flood, 2014) started at `key`: its output number `ids`."""
+    bits = np.uint64(key) + ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def _uniform(key: int, ids: Ints) -> Floats:
+    """In [0, 1), a multiple of 2^-53."""
+    return (_hash(key, ids) >> np.uint64(11)) * 2.0**-53
+
+
+def _normal(key: int, ids: Ints) -> Floats:
+    """Standard normal, by Box and Muller from the two halves of one hash."""
+    bits = _hash(key, ids)
+    radius: Floats = np.sqrt(-2 * np.log(((bits >> np.uint64(32)) + 0.5) * 2.0**-32))
+    cosine: Floats = np.cos((bits & np.uint64(0xFFFFFFFF)) * (2 * np.pi * 2.0**-32))
+    return radius * cosine
+
+
+def _sigmoid(logit: Floats) -> Floats:
+    return 1 / (1 + np.exp(-logit))

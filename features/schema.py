@@ -1,0 +1,41 @@
+"""What a training example is made of: the one contract shared by features, models and scoring."""
+
+from pydantic import PositiveInt
+
+from base.config import Config
+
+
+def carried(name: str) -> str:
+    """The name under which a key or label travels beside features, which may have the same name."""
+    return f"@{name}"
+
+
+class Dense(Config):
+    """A number per example; missing values are already filled."""
+
+    name: str
+
+
+class Sparse(Config):
+    """A bag of ids per example, looked up in one embedding table and mean-pooled."""
+
+    name: str
+    rows: PositiveInt
+    """Rows in the embedding table, including row 0 for unknown ids."""
+    multi: bool = False
+    """Whether the bag is a list column of any length; otherwise it is a column with exactly one id."""
+
+
+class Schema(Config):
+    """An example: columns to carry, columns to learn from, columns to predict."""
+
+    keys: tuple[str, ...]
+    """Carried through to the scored table, never seen by a model."""
+    dense: tuple[Dense, ...]
+    sparse: tuple[Sparse, ...]
+    labels: tuple[str, ...]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the F fields in the order in which models see them: sparse, then dense."""
+        return tuple(f.name for f in (*self.sparse, *self.dense))

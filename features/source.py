@@ -1,0 +1,333 @@
+"""Where raw tables come from: files, the tables joined to them, and the checked partitions of both."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property, lru_cache
+from glob import glob
+from pathlib import Path
+from typing import Annotated, Literal, assert_never
+
+import polars as pl
+from pydantic import BeforeValidator, Field
+
+from base.config import Config
+from base.errors import ConfigError, DataError
+from features.columns import explained, kind_of, require, sql
+from features.readers.criteo import read_criteo
+from features.readers.movielens import read_movielens_1m
+from features.schema import carried
+from features.split import Split, names_of, rows_of
+
+REASON = "__reason"
+"""Why a row is set aside; null for a good one."""
+
+Format = Literal["parquet", "csv", "criteo", "movielens-1m"]
+Type = Literal["integer", "float", "text", "boolean"]
+_TYPES: dict[Type, pl.DataType] = {
+    "integer": pl.Int64(),
+    "float": pl.Float64(),
+    "text": pl.String(),
+    "boolean": pl.Boolean(),
+}
+
+
+class Files(Config):
+    """Parquet or CSV files, or one of the formats with a reader."""
+
+    path: str
+    """A file, a folder or a glob; `day=2026-03-01` folders add a column `day`. Relative to the working directory."""
+    format: Format | None = None
+    """By default what the file's ending says."""
+    delimiter: str = ","
+    header: bool = True
+    names: tuple[str, ...] = ()
+    """Column names of a CSV file without a header."""
+    types: dict[str, Type] = {}
+    """Types of CSV columns where guessing would be wrong, e.g. zip codes are text."""
+    null_values: tuple[str, ...] = ()
+    """Texts that mean missing in CSV files."""
+    trim: bool = False
+    """Whether to strip spaces around CSV text, before null_values is applied."""
+    row_number: str | None = None
+    """Name of a column that numbers the rows from 0, for logs without a key."""
+
+
+class Time(Config):
+    """The column that says when a row happened; it decides a row's day (UTC)."""
+
+    column: str
+    format: str | None = None
+    """For text, as in strftime; by default ISO dates."""
+    unit: Literal["s", "ms", "us"] | None = None
+    """For integers: the unit in which they count since 1970."""
+
+
+class Table(Files):
+    """A user or item table, joined to the log by key; several rows per key need `as_of`."""
+
+    on: Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+    """The key columns, called the same in the log."""
+    columns: tuple[str, ...] | None = None
+    """Which columns to take; by default all."""
+    prefix: str = ""
+    """Put before the names of the columns taken."""
+    as_of: Time | None = None
+    """For versioned rows: since when a row holds. The log's row takes the latest at or before its own time."""
+
+
+class Data(Files):
+    """The impression log: what identifies a row, what is to be predicted, and how it is split."""
+
+    key: Annotated[tuple[str, ...], Field(min_length=1)]
+    labels: Annotated[dict[str, str], BeforeValidator(lambda v: v if isinstance(v, dict) else {n: n for n in v})]
+    """Names of 0/1 columns, or a table of name = SQL expression."""
+    time: Annotated[Time | None, BeforeValidator(lambda v: {"column": v} if isinstance(v, str) else v)] = None
+    where: str | None = None
+    """A SQL expression: the rows to train and to evaluate on. Scoring scores every row."""
+    split: Split
+    max_bad_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Above this share of bad rows a step refuses; below it they are counted and set aside."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The raw log of a run, by partition."""
+
+    data: Data
+    tables: Sequence[Table] = ()
+    derive: Mapping[str, str] | None = None
+
+    def partitions(self, role: Literal["train", "valid", "test"]) -> list[str]:
+        """Names of the partitions of a role, in order of time: `day=2026-03-01` or `split=train`."""
+        if self.data.time is None and self.data.split.by_day:
+            raise ConfigError("data.split names days, but data.time is not given; name the time column")
+        return names_of(self.data.split, role)
+
+    def raw(self, partition: str) -> pl.LazyFrame:
+        """Every raw row of a partition, joined with the tables; for scoring."""
+        if self.data.row_number is None or self._files_of(partition) == self._files:
+            frame = self._scan(self._files_of(partition))
+        else:
+            raise ConfigError("data.row_number numbers rows of one set of files; with day= folders give data.key a column")
+        present = frame.collect_schema().names()
+        require(self.data.key, present, "data.key")
+        frame = rows_of(self.data.split, frame, partition, day=self._day(frame), key=self.data.key)
+        for table in self.tables:
+            frame = _join(frame, table, self.data.time)
+        return frame
+
+    def checked(self, partition: str) -> pl.LazyFrame:
+        """The rows to learn from or be measured by: `raw` under `where`, with `@label` columns and a reason if bad."""
+        frame = self.raw(partition)
+        present = frame.collect_schema().names()
+        for name in self.derive or {}:
+            if name in present:
+                raise ConfigError(f"derive.{name}: the log already has this column; choose another name")
+        derived = frame.with_columns(sql(e, where=f"derive.{n}").alias(n) for n, e in (self.derive or {}).items())
+        if self.data.where is not None:
+            derived = derived.filter(_bound(derived, self.data.where, "data.where"))
+        faults: list[pl.Expr] = []
+        for column in self.data.key:
+            faults.append(pl.when(pl.col(column).is_null()).then(pl.lit(f"key {column} is null")))
+        labels: list[pl.Expr] = []
+        for name, expression in self.data.labels.items():
+            value = _bound(derived, expression, f"data.labels.{name}")
+            kind = kind_of(derived.select(value).collect_schema().dtypes()[0])
+            if kind not in ("integer", "float", "boolean", "missing"):
+                raise DataError(f"label {name!r} holds {kind}; it must be 0 or 1: give it as a SQL expression")
+            value = value.cast(pl.Float64)
+            valid = value.is_in([0.0, 1.0])
+            found = pl.format(f"label {name} is {{}}, not 0 or 1", value)
+            faults.append(pl.when(value.is_null()).then(pl.lit(f"label {name} is null")))
+            faults.append(pl.when(~valid).then(found))
+            labels.append(pl.when(valid).then(value).cast(pl.Int8).alias(carried(name)))
+        repeated = pl.struct(self.data.key).is_first_distinct().not_()
+        faults.append(pl.when(repeated).then(pl.lit(f"key {', '.join(self.data.key)} is repeated")))
+        marked = derived.with_columns(*labels, pl.coalesce(faults).alias(REASON))
+        return marked.drop(*(self.derive or {}))
+
+    def undated(self) -> int:
+        """Rows whose time is missing, which therefore belong to no day."""
+        if not self.data.split.by_day:
+            return 0
+        frame = self._scan(self._files)
+        day = self._day(frame)
+        assert day is not None
+        with explained(f"{self.data.path}, data.time"):
+            return frame.select(day.is_null().sum()).collect(engine="streaming").item()
+
+    def fingerprint(self, partition: str) -> dict[str, str]:
+        """Identity of the raw files behind a partition: path, number and content hash."""
+        files = self._files_of(partition)
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(_content_hash(str(file), file.stat().st_size, file.stat().st_mtime_ns).encode())
+        for table in self.tables:
+            for file in _expand(table):
+                digest.update(_content_hash(str(file), file.stat().st_size, file.stat().st_mtime_ns).encode())
+        return {"path": self.data.path, "files": str(len(files)), "sha256": digest.hexdigest()}
+
+    @cached_property
+    def _files(self) -> tuple[Path, ...]:
+        return _expand(self.data)
+
+    def _files_of(self, partition: str) -> tuple[Path, ...]:
+        """Files in `day=...` folders are chosen by name, so that the others are not opened."""
+        name, _, value = partition.partition("=")
+        time = self.data.time
+        if not self.data.split.by_day or time is None or not all(time.column in _hive(f) for f in self._files):
+            return self._files
+        files = tuple(f for f in self._files if _hive(f)[time.column] == value)
+        if not files:
+            raise DataError(f"{self.data.path}: no files for {name} {value}; check the path and data.split")
+        return files
+
+    def _scan(self, files: Sequence[Path]) -> pl.LazyFrame:
+        return _scan(self.data, files)
+
+    def _day(self, frame: pl.LazyFrame) -> pl.Expr | None:
+        if self.data.time is None:
+            return None
+        schema = frame.collect_schema()
+        require([self.data.time.column], schema.names(), "data.time")
+        return _instant(self.data.time, schema[self.data.time.column]).dt.date()
+
+
+def _bound(frame: pl.LazyFrame, expression: str, where: str) -> pl.Expr:
+    """A SQL expression whose columns are known to be there."""
+    parsed = sql(expression, where=where)
+    require(parsed.meta.root_names(), frame.collect_schema().names(), where)
+    with explained(f"{where} = {expression!r}"):
+        frame.select(parsed).collect_schema()
+    return parsed
+
+
+def _instant(time: Time, dtype: pl.DataType) -> pl.Expr:
+    column = pl.col(time.column)
+    match kind_of(dtype):
+        case "date":
+            return column.cast(pl.Datetime("us"))
+        case "integer" if time.unit is not None:
+            return pl.from_epoch(column, time_unit=time.unit).cast(pl.Datetime("us"))
+        case "text":
+            return column.str.to_datetime(time.format or "%Y-%m-%d", time_unit="us")
+        case _ if isinstance(dtype, pl.Datetime):
+            utc = column.dt.convert_time_zone("UTC").dt.replace_time_zone(None) if dtype.time_zone else column
+            return utc.cast(pl.Datetime("us"))
+        case "integer":
+            raise ConfigError(f'time column {time.column!r} holds integers; say what they count: unit = "s", "ms" or "us"')
+        case kind:
+            raise DataError(f"time column {time.column!r} holds {kind}; it must be a date, a timestamp or text")
+
+
+def _expand(files: Files) -> tuple[Path, ...]:
+    if files.format == "movielens-1m":
+        return tuple(sorted(p for p in Path(files.path).glob("*") if p.suffix in (".dat", ".parquet")))
+    path = Path(files.path)
+    found = sorted(path.glob("**/*.*") if path.is_dir() else map(Path, glob(files.path, recursive=True)))
+    found = [f for f in found if f.is_file() and f.suffix != ".json"]
+    if not found:
+        raise DataError(f"{files.path}: no files match; check the path (relative to {Path.cwd()})")
+    return tuple(found)
+
+
+def _hive(file: Path) -> dict[str, str]:
+    return {m[1]: m[2] for part in file.parts[:-1] if (m := re.fullmatch(r"(\w+)=(.+)", part))}
+
+
+def _hive_literal(value: str) -> pl.Expr:
+    if re.fullmatch(r"\d{4}-\d\d-\d\d", value):
+        return pl.lit(date.fromisoformat(value))
+    return pl.lit(int(value), dtype=pl.Int64) if re.fullmatch(r"0|[1-9]\d*", value) else pl.lit(value)
+
+
+def _scan(config: Files, files: Sequence[Path]) -> pl.LazyFrame:
+    """One frame over all files, in order; `name=value` folders become columns.
+
+    Links are followed here, once, so that a folder published meanwhile is not mixed in.
+    """
+    if config.format == "movielens-1m":
+        return read_movielens_1m(Path(config.path))
+    groups: dict[tuple[tuple[str, str], ...], list[Path]] = {}
+    for file in files:
+        groups.setdefault(tuple(_hive(file).items()), []).append(file.resolve())
+    with explained(config.path):
+        frames = [
+            _scan_files(config, group).with_columns(_hive_literal(v).alias(k) for k, v in hive)
+            for hive, group in groups.items()
+        ]
+        return frames[0] if len(frames) == 1 else pl.concat(frames)
+
+
+def _scan_files(config: Files, files: list[Path]) -> pl.LazyFrame:
+    format = config.format or ("parquet" if files[0].suffix in (".parquet", ".pq") else "csv")
+    match format:
+        case "parquet":
+            return pl.scan_parquet(files, row_index_name=config.row_number, hive_partitioning=False)
+        case "csv":
+            return _scan_csv(config, files)
+        case "criteo":
+            return read_criteo(files, config.row_number)
+        case "movielens-1m":
+            raise ConfigError("format movielens-1m reads one folder")
+        case _:
+            assert_never(format)
+
+
+def _scan_csv(config: Files, files: list[Path]) -> pl.LazyFrame:
+    frame = pl.scan_csv(
+        files,
+        separator=config.delimiter,
+        has_header=config.header,
+        new_columns=list(config.names) or None,
+        schema_overrides={name: _TYPES[t] for name, t in config.types.items()},
+        null_values=list(config.null_values) or None,
+        infer_schema_length=10_000,
+        row_index_name=config.row_number,
+    )
+    if config.trim:
+        texts = [c for c, t in frame.collect_schema().items() if t == pl.String]
+        stripped = (pl.col(c).str.strip_chars() for c in texts)
+        nulls = list(config.null_values)
+        frame = frame.with_columns(pl.when(~s.is_in(nulls)).then(s) if nulls else s for s in stripped)
+    return frame
+
+
+def _join(frame: pl.LazyFrame, table: Table, time: Time | None) -> pl.LazyFrame:
+    """A left join: every row of the log stays, once, in its place."""
+    side = _scan(table, _expand(table))
+    names = side.collect_schema().names()
+    require(table.on, names, f"tables, {table.path}")
+    require(table.on, frame.collect_schema().names(), f"tables, {table.path}: the log")
+    at = () if table.as_of is None else (table.as_of.column,)
+    require(at, names, f"tables, {table.path}, as_of")
+    taken = [c for c in (names if table.columns is None else table.columns) if c not in (*table.on, *at)]
+    require(taken, names, f"tables, {table.path}, columns")
+    clash = set(frame.collect_schema().names()) & {table.prefix + c for c in taken}
+    if clash:
+        raise ConfigError(f"tables, {table.path}: {sorted(clash)[0]!r} is in the log already; set prefix or columns")
+    side = side.select(*table.on, *at, *(pl.col(c).alias(table.prefix + c) for c in taken))
+    if table.as_of is None:
+        with explained(table.path):
+            repeated = side.group_by(table.on).len().filter(pl.col("len") > 1).sort(table.on).head(1).collect()
+        if repeated.height:
+            key = dict(zip(table.on, repeated.row(0)[:-1], strict=True))
+            raise DataError(f"{table.path}: {key} stands {repeated.row(0)[-1]} times; keep one row, or set as_of")
+        return frame.join(side, on=table.on, how="left", maintain_order="left")
+    if time is None:
+        raise ConfigError(f"tables, {table.path}: as_of needs data.time")
+    left = frame.with_columns(__at=_instant(time, frame.collect_schema()[time.column])).with_row_index("__row")
+    right = side.with_columns(__at=_instant(table.as_of, side.collect_schema()[table.as_of.column])).drop(at)
+    joined = left.sort("__at").join_asof(
+        right.drop_nulls("__at").sort("__at"), on="__at", by=list(table.on), strategy="backward", check_sortedness=False
+    )
+    return joined.sort("__row").drop("__row", "__at")
+
+
+@lru_cache(maxsize=None)
+def _content_hash(path: str, size: int, modified: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,108 @@
+"""Splits: by day, as production needs; or seeded random, as papers do."""
+
+import re
+from collections.abc import Sequence
+from datetime import date, timedelta
+from typing import Annotated, Any, Literal, Self
+
+import polars as pl
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from base.config import Config
+from base.errors import ConfigError
+from features.transforms import xxhash64
+
+Role = Literal["train", "valid", "test"]
+
+
+class DaySplit(Config):
+    """Days, each `2026-03-01` or `2026-03-01..2026-03-05` with both ends; train before valid before test."""
+
+    train: str
+    valid: str
+    test: str | None = None
+
+    @property
+    def by_day(self) -> bool:
+        return True
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        spans = [(role, days_of(text)) for role in ("train", "valid", "test") if (text := getattr(self, role))]
+        for (earlier, a), (later, b) in zip(spans, spans[1:], strict=False):
+            if a[-1] >= b[0]:
+                raise ValueError(f"{earlier} ends {a[-1]}, not before {later} begins, {b[0]}: the future would leak")
+        return self
+
+
+class RandomSplit(Config):
+    """Shares of the rows, drawn by a seeded hash of `by`: independent of file order and repeatable."""
+
+    train: Annotated[float, Field(gt=0, lt=1)]
+    valid: Annotated[float, Field(gt=0, lt=1)]
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    seed: int = 0
+    by: tuple[str, ...] | None = None
+    """Columns whose rows stay together, e.g. a user's; by default the key, so that every row is drawn alone."""
+
+    @property
+    def by_day(self) -> bool:
+        return False
+
+    @model_validator(mode="after")
+    def _at_most_one(self) -> Self:
+        if self.train + self.valid + self.test > 1 + 1e-9:
+            raise ValueError(f"shares add up to {self.train + self.valid + self.test:g}; they may not exceed 1")
+        return self
+
+
+def _kind(value: Any) -> str:
+    train = value.get("train") if isinstance(value, dict) else getattr(value, "train", None)
+    return "days" if isinstance(train, str) else "random"
+
+
+Split = Annotated[
+    Annotated[DaySplit, Tag("days")] | Annotated[RandomSplit, Tag("random")],
+    Discriminator(_kind),
+]
+
+
+def days_of(text: str) -> list[date]:
+    """The days of `2026-03-01` or `2026-03-01..2026-03-05`. Raises ValueError if it is neither."""
+    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)(?:\.\.(\d{4}-\d\d-\d\d))?", text)
+    if not found:
+        raise ValueError(f"{text!r} is not a day or a range of days: write 2026-03-01 or 2026-03-01..2026-03-05")
+    first, last = date.fromisoformat(found[1]), date.fromisoformat(found[2] or found[1])
+    if last < first:
+        raise ValueError(f"{text!r} ends before it begins")
+    return [first + timedelta(days=n) for n in range((last - first).days + 1)]
+
+
+def names_of(split: Split, role: Role) -> list[str]:
+    """Partition names of a role, in order; empty if the split has none."""
+    share = getattr(split, role)
+    if not share:
+        return []
+    return [f"day={day}" for day in days_of(share)] if isinstance(split, DaySplit) else [f"split={role}"]
+
+
+def rows_of(
+    split: Split, frame: pl.LazyFrame, partition: str, *, day: pl.Expr | None, key: Sequence[str]
+) -> pl.LazyFrame:
+    """The rows of one partition. Raises ConfigError if the name is not one that this split gives."""
+    name, _, value = partition.partition("=")
+    if isinstance(split, DaySplit):
+        if name != "day" or day is None:
+            raise ConfigError(f"partition {partition!r}: this log is split by day; write day=2026-03-01")
+        try:
+            return frame.filter(day == date.fromisoformat(value))
+        except ValueError:
+            raise ConfigError(f"partition {partition!r}: {value!r} is not a day; write day=2026-03-01") from None
+    bounds = {"train": (0.0, split.train), "valid": (split.train, split.train + split.valid)}
+    bounds["test"] = (bounds["valid"][1], bounds["valid"][1] + split.test)
+    if name != "split" or value not in bounds:
+        raise ConfigError(f"partition {partition!r}: this log is split at random; write split=train, =valid or =test")
+    low, high = (round(b * 2**32) for b in bounds[value])
+    joint = pl.concat_str([pl.col(c).cast(pl.String) for c in split.by or key], separator="\x1f", ignore_nulls=True)
+    draw = xxhash64(joint, split.seed) // 2**32
+    return frame.filter((draw >= low) & (draw < high))

@@ -1,0 +1,440 @@
+"""Column encodings: each is a frozen configuration that learns integer counts and applies them row by row.
+
+`count` summarises a partition, `merge` adds summaries exactly and in any order, `settle` turns them into what `apply`
+uses. Every transform declares one result for a missing value; NaN and infinities count as missing.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal, Self
+
+import polars as pl
+from polars_hash import NonCryptographicHashingNameSpace
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from base.config import Config
+from base.errors import DataError
+from features.columns import BAGS, IDS, NUMBERS, Kind
+from features.schema import Dense, Sparse
+
+UNKNOWN = 0
+"""The row of every table for a value without an id of its own: unknown, rare or missing."""
+
+_LOOKUP_BY_JOIN = 200_000
+# Entries above which a lookup is a join: measured on 2M rows, replacing is 2x faster at 24k, a join 3x faster at 10M.
+
+
+class Transform(Config, ABC):
+    """One output column from one or more raw ones. Row-wise once learned: it never looks at a neighbour."""
+
+    name: str = ""
+    """Name of the output column; by default that of the raw one."""
+
+    learns: ClassVar[bool] = True
+    """Whether counts are needed; otherwise the configuration says everything."""
+
+    @property
+    @abstractmethod
+    def sources(self) -> tuple[str, ...]:
+        """The raw columns it reads."""
+
+    @property
+    @abstractmethod
+    def accepts(self) -> tuple[Kind, ...]:
+        """The kinds of raw column it can read."""
+
+    @abstractmethod
+    def count(self, frame: pl.LazyFrame) -> pl.LazyFrame:
+        """Integer statistics of one partition."""
+
+    @abstractmethod
+    def merge(self, parts: Sequence[pl.DataFrame]) -> pl.DataFrame:
+        """The statistics of the union of partitions; independent of their order."""
+
+    @abstractmethod
+    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None) -> pl.DataFrame:
+        """What `apply` needs, from merged counts; with `previous`, what it becomes when new days arrive."""
+
+    @abstractmethod
+    def apply(self, frame: pl.LazyFrame, learned: pl.DataFrame) -> pl.LazyFrame:
+        """`frame` with the column `output` added; rows keep their number and order."""
+
+    @abstractmethod
+    def field(self, learned: pl.DataFrame) -> Dense | Sparse:
+        """What a model sees of the output column."""
+
+    @property
+    def output(self) -> str:
+        """Name of the output column."""
+        return self.name or "_x_".join(self.sources)
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def number(column: str) -> pl.Expr:
+    """The column as Float64, with NaN and infinities as null."""
+    value = pl.col(column).cast(pl.Float64)
+    return pl.when(value.is_finite()).then(value)
+
+
+class _Scaled(Transform, ABC):
+    """(f(x) - mean) / std with both from exact fixed-point sums; missing values become 0, the mean."""
+
+    column: str
+    resolution: PositiveFloat = 1e-6
+    """Step of the fixed-point grid on which sums are taken; |f(x)| must stay below 2^45 steps."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    @property
+    def accepts(self) -> tuple[Kind, ...]:
+        return NUMBERS
+
+    @abstractmethod
+    def value(self) -> pl.Expr:
+        """f(x), null where x is missing."""
+
+    def count(self, frame: pl.LazyFrame) -> pl.LazyFrame:
+        limit = 2.0**62
+        steps = (self.value() / self.resolution).round().clip(-limit, limit).cast(pl.Int64)
+        wide = pl.col("steps").cast(pl.Int128)
+        return frame.select(steps=steps).select(
+            rows=pl.col("steps").count().cast(pl.Int64),
+            sum=wide.sum(),
+            sum_squares=(wide * wide).sum(),
+            largest=pl.col("steps").abs().max().fill_null(0),
+        )
+
+    def merge(self, parts: Sequence[pl.DataFrame]) -> pl.DataFrame:
+        return pl.concat(parts).select(
+            pl.col("rows").sum(), pl.col("sum").sum(), pl.col("sum_squares").sum(), pl.col("largest").max()
+        )
+
+    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None) -> pl.DataFrame:
+        if previous is not None:
+            return previous  # the scale of yesterday's examples stays
+        largest = counts["largest"].item() * self.resolution
+        if counts["largest"].item() >= 2**45:
+            raise DataError(
+                f"column {self.column!r} reaches {largest:g}, too large for exact sums in steps of "
+                f'{self.resolution:g}: use kind = "log", or set resolution to {largest * 2.0**-44:.0e}'
+            )
+        _, std = self.moments(counts)
+        if 0 < std < 100 * self.resolution:
+            raise DataError(
+                f"column {self.column!r} varies by {std:g}, too little for steps of {self.resolution:g}: "
+                f"set resolution to {std * 1e-6:.0e}"
+            )
+        return counts
+
+    def moments(self, learned: pl.DataFrame) -> tuple[float, float]:
+        """Mean and standard deviation of f(x), each rounded once from exact integers."""
+        n, s, ss = (int(learned[name].item()) for name in ("rows", "sum", "sum_squares"))
+        if n == 0:
+            return 0.0, 0.0
+        return s / n * self.resolution, ((n * ss - s * s) / (n * n)) ** 0.5 * self.resolution
+
+    def apply(self, frame: pl.LazyFrame, learned: pl.DataFrame) -> pl.LazyFrame:
+        mean, std = self.moments(learned)
+        scaled = (self.value() - mean) / (std or 1.0)
+        return frame.with_columns(scaled.fill_null(0.0).cast(pl.Float32).alias(self.output))
+
+    def field(self, learned: pl.DataFrame) -> Dense:
+        return Dense(name=self.output)
+
+
+class Standardise(_Scaled):
+    """(x - mean) / std; missing becomes 0, the mean."""
+
+    kind: Literal["standardise"] = "standardise"
+
+    def value(self) -> pl.Expr:
+        return number(self.column)
+
+
+class Log(_Scaled):
+    """log²(x) where x > 2, else x (AutoInt, section 5.1.1, after the Criteo winners); then standardised.
+
+    Missing becomes 0. Without `standardise`, attention on the raw values saturates and collapses.
+    """
+
+    kind: Literal["log"] = "log"
+    standardise: bool = True
+
+    def value(self) -> pl.Expr:
+        x = number(self.column)
+        return pl.when(x > 2).then(x.log() ** 2).otherwise(x)
+
+    def moments(self, learned: pl.DataFrame) -> tuple[float, float]:
+        return super().moments(learned) if self.standardise else (0.0, 1.0)
+
+
+# --- ids -------------------------------------------------------------------------------------------------------------
+
+
+def xxhash64(value: pl.Expr, seed: int) -> pl.Expr:
+    """xxHash64 of a value's text: stable over versions and machines, unlike Polars' own hash. Null stays null."""
+    return NonCryptographicHashingNameSpace(value.cast(pl.String)).xxhash64(seed=seed)
+
+
+class _Ids(Transform, ABC):
+    """Ids from one column; list columns, and text with a separator, give bags of ids.
+
+    A missing single value becomes row 0; a missing or empty list becomes an empty bag, and nulls in it are dropped.
+    """
+
+    column: str
+    multi: bool = False
+    """Whether the column holds lists."""
+    separator: str | None = None
+    """Splits text into a list; implies `multi`."""
+    max_length: PositiveInt = 100
+    """A longer bag keeps its first `max_length` values."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    @property
+    def accepts(self) -> tuple[Kind, ...]:
+        if self.separator is not None:
+            return ("text", "missing")
+        return BAGS if self.multi else IDS
+
+    @property
+    def is_bag(self) -> bool:
+        """Whether an example has a list of ids."""
+        return self.multi or self.separator is not None
+
+    def values(self) -> pl.Expr:
+        """The raw column; as a list without nulls and empty text where it is a bag."""
+        column = pl.col(self.column)
+        if not self.is_bag:
+            return column
+        if self.separator is not None:
+            parts = column.cast(pl.String).str.split(self.separator)
+            column = parts.list.eval(pl.element().str.strip_chars().replace("", None))
+        return column.list.drop_nulls().list.head(self.max_length)
+
+    @abstractmethod
+    def ids(self, value: pl.Expr, learned: pl.DataFrame) -> pl.Expr:
+        """Int32 ids of raw values; null where the value is null."""
+
+    def apply(self, frame: pl.LazyFrame, learned: pl.DataFrame) -> pl.LazyFrame:
+        if self.is_bag:
+            bags = self.values().list.eval(self.ids(pl.element(), learned)).cast(pl.List(pl.Int32))
+            ids = bags.fill_null(pl.lit([], dtype=pl.List(pl.Int32)))
+        else:
+            ids = self.ids(self.values(), learned).fill_null(UNKNOWN)
+        return frame.with_columns(ids.alias(self.output))
+
+    @abstractmethod
+    def rows(self, learned: pl.DataFrame) -> int:
+        """Rows of the embedding table."""
+
+    def field(self, learned: pl.DataFrame) -> Sparse:
+        return Sparse(name=self.output, rows=self.rows(learned), multi=self.is_bag)
+
+
+class Vocabulary(_Ids):
+    """Ids 1..n for values seen at least `min_count` times, most frequent first; row 0 for all others.
+
+    It only grows: an id, once given, never moves, and counts of rarer values are kept until they suffice.
+    """
+
+    kind: Literal["vocabulary"] = "vocabulary"
+    min_count: PositiveInt = 1
+    max_size: PositiveInt | None = None
+    """Most ids to give, unknown not counted."""
+
+    def count(self, frame: pl.LazyFrame) -> pl.LazyFrame:
+        values = frame.select(value=self.values())
+        if self.is_bag:
+            values = values.explode("value", empty_as_null=False, keep_nulls=False)
+        stored = pl.Int64 if values.collect_schema()["value"].is_integer() else pl.String
+        values = values.select(pl.col("value").cast(stored)).drop_nulls()
+        return values.group_by("value").agg(count=pl.len().cast(pl.Int64))
+
+    def merge(self, parts: Sequence[pl.DataFrame]) -> pl.DataFrame:
+        filled = [p.select("value", "count") for p in parts if p.height] or [parts[0].select("value", "count")]
+        merged = pl.concat(filled).lazy().group_by("value").agg(pl.col("count").sum())
+        return merged.sort("value").collect(engine="streaming")
+
+    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None) -> pl.DataFrame:
+        if previous is None:
+            given = counts.select("value").clear().with_columns(id=pl.lit(None, pl.Int32))
+        else:
+            given = previous.select("value", "id").drop_nulls()
+        last = given.height
+        table = counts.join(given, on="value", how="left", maintain_order="left")
+        eligible = table.filter(pl.col("id").is_null() & (pl.col("count") >= self.min_count))
+        fresh = eligible.sort("count", "value", descending=[True, False])
+        if self.max_size is not None:
+            fresh = fresh.head(max(self.max_size - last, 0))
+        fresh = fresh.select("value", new=pl.int_range(last + 1, last + 1 + pl.len(), dtype=pl.Int32))
+        table = table.join(fresh, on="value", how="left", maintain_order="left")
+        return table.select("value", "count", id=pl.coalesce("id", "new"))
+
+    def ids(self, value: pl.Expr, learned: pl.DataFrame) -> pl.Expr:
+        known = learned.filter(pl.col("id").is_not_null())
+        found = value.cast(known["value"].dtype).replace_strict(
+            known["value"], known["id"], default=UNKNOWN, return_dtype=pl.Int32
+        )
+        return pl.when(value.is_not_null()).then(found) if self.is_bag else found
+
+    def apply(self, frame: pl.LazyFrame, learned: pl.DataFrame) -> pl.LazyFrame:
+        known = learned.filter(pl.col("id").is_not_null())
+        if self.is_bag or known.height <= _LOOKUP_BY_JOIN:
+            return super().apply(frame, learned)
+        key = f"__key_{self.output}"
+        keyed = frame.with_columns(self.values().cast(known["value"].dtype).alias(key))
+        table = known.lazy().select(pl.col("value").alias(key), pl.col("id").alias(f"__id_{self.output}"))
+        joined = keyed.join(table, on=key, how="left", maintain_order="left")
+        ids = pl.col(f"__id_{self.output}").fill_null(UNKNOWN).alias(self.output)
+        return joined.with_columns(ids).drop(key, f"__id_{self.output}")
+
+    def rows(self, learned: pl.DataFrame) -> int:
+        return 1 + learned["id"].count()
+
+
+class _Stateless(Transform, ABC):
+    """A transform whose configuration says everything."""
+
+    learns: ClassVar[bool] = False
+
+    def count(self, frame: pl.LazyFrame) -> pl.LazyFrame:
+        return pl.LazyFrame()
+
+    def merge(self, parts: Sequence[pl.DataFrame]) -> pl.DataFrame:
+        return pl.DataFrame()
+
+    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None) -> pl.DataFrame:
+        return counts
+
+
+class Hash(_Ids, _Stateless):
+    """Ids 1..buckets by xxHash64 of the value's text (Weinberger et al. 2009); nothing is learned, collisions happen."""
+
+    kind: Literal["hash"] = "hash"
+    buckets: PositiveInt
+    seed: int = 0
+
+    def ids(self, value: pl.Expr, learned: pl.DataFrame) -> pl.Expr:
+        return (1 + xxhash64(value, self.seed) % self.buckets).cast(pl.Int32)
+
+    def rows(self, learned: pl.DataFrame) -> int:
+        return 1 + self.buckets
+
+
+class Cross(_Stateless):
+    """Ids 1..buckets by xxHash64 of two or more columns together; row 0 if any of them is missing."""
+
+    kind: Literal["cross"] = "cross"
+    columns: Annotated[tuple[str, ...], Field(min_length=2)]
+    buckets: PositiveInt
+    seed: int = 0
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.columns
+
+    @property
+    def accepts(self) -> tuple[Kind, ...]:
+        return IDS
+
+    def apply(self, frame: pl.LazyFrame, learned: pl.DataFrame) -> pl.LazyFrame:
+        # The separator keeps ("ab", "c") and ("a", "bc") apart; a null in any column makes the whole null.
+        joint = pl.concat_str([pl.col(c).cast(pl.String) for c in self.columns], separator="\x1f")
+        ids = (1 + xxhash64(joint, self.seed) % self.buckets).cast(pl.Int32)
+        return frame.with_columns(ids.fill_null(UNKNOWN).alias(self.output))
+
+    def field(self, learned: pl.DataFrame) -> Sparse:
+        return Sparse(name=self.output, rows=1 + self.buckets)
+
+
+# --- numbers to ids --------------------------------------------------------------------------------------------------
+
+
+def bucket(column: str, edges: Sequence[float]) -> pl.Expr:
+    """1 + the number of edges below x, so bucket k holds (edge[k-2], edge[k-1]]; row 0 where x is missing."""
+    x = number(column)
+    above = pl.sum_horizontal((x > edge).cast(pl.Int32) for edge in edges) if edges else pl.lit(0, pl.Int32)
+    return pl.when(x.is_not_null()).then(1 + above).otherwise(UNKNOWN).cast(pl.Int32)
+
+
+class Boundaries(_Stateless):
+    """Ids 1..n+1 by n given boundaries, each the inclusive upper end of its bucket; missing becomes row 0."""
+
+    kind: Literal["boundaries"] = "boundaries"
+    column: str
+    boundaries: Annotated[tuple[float, ...], Field(min_length=1, max_length=1000)]
+
+    @model_validator(mode="after")
+    def _increasing(self) -> Self:
+        if list(self.boundaries) != sorted(set(self.boundaries)):
+            raise ValueError(f"boundaries of {self.column!r} must increase: {list(self.boundaries)}")
+        return self
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    @property
+    def accepts(self) -> tuple[Kind, ...]:
+        return NUMBERS
+
+    def apply(self, frame: pl.LazyFrame, learned: pl.DataFrame) -> pl.LazyFrame:
+        return frame.with_columns(bucket(self.column, self.boundaries).alias(self.output))
+
+    def field(self, learned: pl.DataFrame) -> Sparse:
+        return Sparse(name=self.output, rows=2 + len(self.boundaries))
+
+
+class Quantiles(Transform):
+    """Ids 1..buckets of about equal mass; missing becomes row 0.
+
+    Values are counted on a grid of four significant digits, so an edge is off by at most 0.05 % of its value.
+    """
+
+    kind: Literal["quantiles"] = "quantiles"
+    column: str
+    buckets: Annotated[int, Field(ge=2, le=1000)] = 20
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    @property
+    def accepts(self) -> tuple[Kind, ...]:
+        return NUMBERS
+
+    def count(self, frame: pl.LazyFrame) -> pl.LazyFrame:
+        grid = number(self.column).round_sig_figs(4) + 0.0  # + 0.0: no negative zero
+        return frame.select(value=grid).drop_nulls().group_by("value").agg(count=pl.len().cast(pl.Int64))
+
+    def merge(self, parts: Sequence[pl.DataFrame]) -> pl.DataFrame:
+        return pl.concat(parts).group_by("value").agg(pl.col("count").sum()).sort("value")
+
+    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None) -> pl.DataFrame:
+        return counts if previous is None else previous
+
+    def edges(self, learned: pl.DataFrame) -> list[float]:
+        """Upper ends of all buckets but the last; fewer than asked where one value outweighs a bucket."""
+        below = learned.select("value", share=pl.col("count").cum_sum() * self.buckets // pl.col("count").sum())
+        firsts = below.filter(pl.col("share") >= 1).group_by("share").agg(pl.col("value").min())
+        return firsts.filter(pl.col("share") < self.buckets)["value"].unique().sort().to_list()
+
+    def apply(self, frame: pl.LazyFrame, learned: pl.DataFrame) -> pl.LazyFrame:
+        return frame.with_columns(bucket(self.column, self.edges(learned)).alias(self.output))
+
+    def field(self, learned: pl.DataFrame) -> Sparse:
+        return Sparse(name=self.output, rows=2 + len(self.edges(learned)))
+
+
+AnyTransform = Annotated[
+    Vocabulary | Hash | Cross | Boundaries | Quantiles | Standardise | Log, Field(discriminator="kind")
+]
+"""Add a transform: write its class, add its name here; the conformance tests find it through this union."""

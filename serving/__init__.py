@@ -1,0 +1,1 @@
+"""What happens with a Bundle: batch scoring and the MLflow model."""
