@@ -94,4 +94,6 @@ def explained(what: str) -> Iterator[None]:
     try:
         yield
     except pl.exceptions.PolarsError as error:
-        raise DataError(f"{what}: {str(error).strip().splitlines()[0]}; check the column's type or its expression") from error
+        raise DataError(
+            f"{what}: {str(error).strip().splitlines()[0]}; check the column's type or its expression"
+        ) from error

@@ -1,8 +1,8 @@
 """Fit on some partitions, transform any other: a recipe of transforms, and what they learned.
 
-    FeaturePipeline.fit(partitions) -> FittedPipeline      count each partition, merge the counts exactly, settle them
-    FittedPipeline.transform(frame) -> LazyFrame           row-wise, same rows, same order
-    FittedPipeline.extend(partitions) -> FittedPipeline    new ids are appended; old ids and all scales stay
+FeaturePipeline.fit(partitions) -> FittedPipeline      count each partition, merge the counts exactly, settle them
+FittedPipeline.transform(frame) -> LazyFrame           row-wise, same rows, same order
+FittedPipeline.extend(partitions) -> FittedPipeline    new ids are appended; old ids and all scales stay
 """
 
 import hashlib
@@ -182,7 +182,8 @@ class FittedPipeline:
             recipe = FeaturePipeline(transforms, stored["derive"])
             tables = [folder / f"learned/{i:03}.parquet" for i in range(len(transforms))]
             learned = tuple(
-                pl.read_parquet(table) if t.learns else pl.DataFrame() for t, table in zip(transforms, tables, strict=True)
+                pl.read_parquet(table) if t.learns else pl.DataFrame()
+                for t, table in zip(transforms, tables, strict=True)
             )
         except FileNotFoundError as error:
             raise ArtefactError(f"{error.filename or folder}: missing; fit the features again") from None

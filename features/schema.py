@@ -26,6 +26,14 @@ class Sparse(Config):
     """Whether the bag is a list column of any length; otherwise it is a column with exactly one id."""
 
 
+class Output(Config):
+    """A probability that a model gives, and the label that it is the probability of."""
+
+    name: str
+    """Column of the probability in a scored table."""
+    label: str
+
+
 class Schema(Config):
     """An example: columns to carry, columns to learn from, columns to predict."""
 

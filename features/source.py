@@ -111,7 +111,9 @@ class Source:
         if self.data.row_number is None or self._files_of(partition) == self._files:
             frame = self._scan(self._files_of(partition))
         else:
-            raise ConfigError("data.row_number numbers rows of one set of files; with day= folders give data.key a column")
+            raise ConfigError(
+                "data.row_number numbers rows of one set of files; with day= folders give data.key a column"
+            )
         present = frame.collect_schema().names()
         require(self.data.key, present, "data.key")
         frame = rows_of(self.data.split, frame, partition, day=self._day(frame), key=self.data.key)
@@ -218,7 +220,9 @@ def _instant(time: Time, dtype: pl.DataType) -> pl.Expr:
             utc = column.dt.convert_time_zone("UTC").dt.replace_time_zone(None) if dtype.time_zone else column
             return utc.cast(pl.Datetime("us"))
         case "integer":
-            raise ConfigError(f'time column {time.column!r} holds integers; say what they count: unit = "s", "ms" or "us"')
+            raise ConfigError(
+                f'time column {time.column!r} holds integers; say what they count: unit = "s", "ms" or "us"'
+            )
         case kind:
             raise DataError(f"time column {time.column!r} holds {kind}; it must be a date, a timestamp or text")
 

@@ -14,8 +14,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
-from base.config import Config
 from base.errors import DataError
+from features.schema import Output
 
 CLIP = 1e-7
 """Logarithms see probabilities inside [CLIP, 1 - CLIP]: certain and wrong costs 16.1 nats, not infinity."""
@@ -38,15 +38,6 @@ _EVALUATION_SCHEMA = {
     "ece": pl.Float64,
     "user_auc": pl.Float64,
 }
-
-
-class Output(Config):
-    """One probability of a scored table and the truth it is measured against."""
-
-    name: str
-    """Column of the probability, e.g. "p_click"."""
-    label: str
-    """Column of the truth: 0, 1, or null while it is not known."""
 
 
 # Ranking
@@ -337,9 +328,7 @@ def _cut(column: pl.Series) -> _Cut:
 # Checks
 
 
-def _check_request(
-    scored: pl.DataFrame, outputs: Sequence[Output], by: Sequence[str], user: str | None
-) -> None:
+def _check_request(scored: pl.DataFrame, outputs: Sequence[Output], by: Sequence[str], user: str | None) -> None:
     if not outputs:
         raise DataError("no outputs to evaluate; name at least one probability and its label")
     names = [output.name for output in outputs]
@@ -354,9 +343,7 @@ def _check_request(
             hint = _suggest(column, scored.columns)
             raise DataError(f"the scored table has no column {column!r}, needed for {use}{hint}")
     if scored.is_empty():
-        raise DataError(
-            "the scored table has no rows; check the partition it was scored from and its filters"
-        )
+        raise DataError("the scored table has no rows; check the partition it was scored from and its filters")
     if ALL in by:
         raise DataError(f"cannot slice by a column named {ALL!r}, which means the whole table; rename it")
     for column in [*by, *users]:
@@ -367,9 +354,7 @@ def _check_request(
 
 def _probability_column(column: pl.Series) -> NDArray[Any]:
     if not column.dtype.is_numeric():
-        raise DataError(
-            f"column {column.name!r} holds {column.dtype}, not probabilities; give one of numbers"
-        )
+        raise DataError(f"column {column.name!r} holds {column.dtype}, not probabilities; give one of numbers")
     given = column.drop_nulls()
     given_N = (given if column.dtype.is_float() else given.cast(pl.Float64)).to_numpy()
     faults = _probability_faults(given_N, nulls=column.null_count())
@@ -409,9 +394,7 @@ def _scores(scores_N: ArrayLike) -> NDArray[Any]:
     s_N = _flat(scores_N, "scores")
     missing = int(np.isnan(s_N).sum())
     if missing:
-        raise DataError(
-            f"{missing} of {s_N.size} scores are NaN and have no rank; remove the rows or the cause"
-        )
+        raise DataError(f"{missing} of {s_N.size} scores are NaN and have no rank; remove the rows or the cause")
     return s_N
 
 

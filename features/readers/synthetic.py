@@ -349,7 +349,7 @@ def _hash(key: int, ids: Ints) -> NDArray[np.uint64]:
 
 def _uniform(key: int, ids: Ints) -> Floats:
     """In [0, 1), a multiple of 2^-53."""
-    return (_hash(key, ids) >> np.uint64(11)) * 2.0**-53
+    return (_hash(key, ids) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _normal(key: int, ids: Ints) -> Floats:

@@ -123,7 +123,7 @@ def test_keys_are_unique_over_days_and_exact_in_a_float() -> None:
 def test_five_days_show_more_than_100k_users_some_of_them_often() -> None:
     counts = five_days()["user_id"].value_counts()["count"]
     assert len(counts) > 100_000
-    assert counts.max() > 500  # type: ignore[operator]
+    assert (counts > 500).any()
 
 
 def test_every_day_brings_ids_that_no_earlier_day_had() -> None:
@@ -138,7 +138,7 @@ def test_every_day_brings_ids_that_no_earlier_day_had() -> None:
             assert frame.filter(pl.col("day") == day_of(index)).select(born.mean()).item() == pytest.approx(
                 share, abs=2e-3
             )
-        assert frame[field].max() < first + 5 * births  # type: ignore[operator]
+        assert (frame[field] < first + 5 * births).all()
 
 
 def test_what_belongs_to_an_id_never_changes() -> None:
@@ -196,7 +196,7 @@ def test_clicks_are_drawn_from_their_probabilities() -> None:
         )
     )
     assert len(bins) == 20
-    assert (bins["error"] / bins["deviation"]).abs().max() < 4  # type: ignore[operator]
+    assert ((bins["error"] / bins["deviation"]).abs() < 4).all()
 
 
 @pytest.mark.parametrize("pair", INTERACTIONS)
@@ -236,9 +236,12 @@ def test_a_linear_model_sees_the_interactions_only_as_planted_crosses() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("rows_per_day", 0), ("rows_per_day", 1 << 32), ("users", 3), ("items", 0), ("click_rate", 0.0), ("click_rate", 1.0),
-     ("new_user_share", 1.5), ("new_item_share", -0.1), ("seed", -1), ("start", "soon"), ("clickrate", 0.2)],
-)  # fmt: skip
+    [
+        *(("rows_per_day", 0), ("rows_per_day", 1 << 32), ("users", 3), ("items", 0), ("seed", -1), ("start", "soon")),
+        *(("click_rate", 0.0), ("click_rate", 1.0), ("new_user_share", 1.5), ("new_item_share", -0.1)),
+        ("clickrate", 0.2),
+    ],
+)
 def test_a_configuration_that_cannot_be_meant_is_refused(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=key):
         parse_config(SyntheticConfig, {key: value}, source="run.toml")

@@ -39,9 +39,7 @@ rows = st.lists(st.tuples(st.integers(0, 1), st.integers(-5, 5), st.integers(0, 
 relaxed = settings(deadline=None)
 
 
-def clicks(
-    count: int, rate: float, seed: int = 0, distinct: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def clicks(count: int, rate: float, seed: int = 0, distinct: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Labels drawn with probabilities around `rate`, and these, rounded to `distinct` values if given."""
     random = np.random.default_rng(seed)
     p_N = random.beta(2.0, 2.0 / rate - 2.0, count)
@@ -131,8 +129,7 @@ def test_auc_of_rare_positives_keeps_what_bins_lose() -> None:
 
 def test_bad_arguments_of_auc_are_named() -> None:
     assert message(lambda: roc_auc([0, 1, 2, -1], [0.0] * 4)) == (
-        "2 of 4 labels are neither 0 nor 1 (the first is 2); "
-        "make the label binary, and null where it is not yet known"
+        "2 of 4 labels are neither 0 nor 1 (the first is 2); make the label binary, and null where it is not yet known"
     )
     assert message(lambda: roc_auc([0, 1], [0.1, math.nan])) == (
         "1 of 2 scores are NaN and have no rank; remove the rows or the cause"
@@ -160,9 +157,7 @@ def test_grouped_auc_equals_a_loop_over_groups(found: list[tuple[int, int, int]]
             weight += inside.sum()
     expected = total / weight if weight else math.nan
     assert grouped_auc(y_N, s_N, g_N) == pytest.approx(expected, nan_ok=True)
-    assert grouped_auc(y_N, s_N, np.array([f"user {group}" for group in g_N])) == pytest.approx(
-        expected, nan_ok=True
-    )
+    assert grouped_auc(y_N, s_N, np.array([f"user {group}" for group in g_N])) == pytest.approx(expected, nan_ok=True)
 
 
 def test_grouped_auc_equals_a_loop_on_many_users() -> None:
@@ -220,13 +215,10 @@ def test_normalized_entropy_of_one_class_is_nan(labels: list[int]) -> None:
     assert math.isnan(normalized_entropy(labels, [0.3] * len(labels)))
 
 
-@pytest.mark.parametrize(
-    "metric", [log_loss, normalized_entropy, calibration_ratio, expected_calibration_error]
-)
+@pytest.mark.parametrize("metric", [log_loss, normalized_entropy, calibration_ratio, expected_calibration_error])
 def test_what_is_no_probability_is_refused(metric: Callable[..., float]) -> None:
     assert message(lambda: metric([0, 1, 1], [0.1, 1.5, -2.0])) == (
-        "2 of 3 values are not probabilities (2 outside [0, 1], the first is 1.5); "
-        "give probabilities, not logits"
+        "2 of 3 values are not probabilities (2 outside [0, 1], the first is 1.5); give probabilities, not logits"
     )
     assert message(lambda: metric([0, 1], [0.1, math.nan])) == (
         "1 of 2 values are not probabilities (1 NaN); score every row from inputs without NaN"
@@ -450,9 +442,7 @@ def test_labels_and_probabilities_may_have_any_numeric_type() -> None:
     table = scored()
     expected = evaluate(table, [CLICK], by=["device"])
     for label in (pl.Boolean, pl.Int64, pl.UInt8, pl.Float32):
-        assert_frame_equal(
-            evaluate(table.with_columns(pl.col("click").cast(label)), [CLICK], by=["device"]), expected
-        )
+        assert_frame_equal(evaluate(table.with_columns(pl.col("click").cast(label)), [CLICK], by=["device"]), expected)
     certain = table.with_columns(p_click=pl.col("click").cast(pl.Int32))
     assert headline(evaluate(certain, [CLICK]), "p_click")["auc"] == 1
 
@@ -529,9 +519,7 @@ def test_values_named_like_our_own_join_them() -> None:
 
 
 def test_a_column_given_twice_is_cut_once() -> None:
-    assert_frame_equal(
-        evaluate(scored(), [CLICK], by=["hour", "hour"]), evaluate(scored(), [CLICK], by=["hour"])
-    )
+    assert_frame_equal(evaluate(scored(), [CLICK], by=["hour", "hour"]), evaluate(scored(), [CLICK], by=["hour"]))
 
 
 # What is refused
@@ -578,8 +566,7 @@ def test_bad_probabilities_are_counted() -> None:
         "(2 null, 1 NaN, 2 outside [0, 1], the first is 1.25); give probabilities, not logits"
     )
     assert message(lambda: evaluate(table.head(2), [CLICK])) == (
-        "column 'p_click': 1 of 2 values are not probabilities (1 null); "
-        "score every row from inputs without NaN"
+        "column 'p_click': 1 of 2 values are not probabilities (1 null); score every row from inputs without NaN"
     )
     assert message(lambda: evaluate(table.with_columns(p_click=pl.lit("0.5")), [CLICK])) == (
         "column 'p_click' holds String, not probabilities; give one of numbers"

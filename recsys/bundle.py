@@ -1,0 +1,171 @@
+"""The only thing that crosses from training to anything else: weights, features, schema, configuration, proof."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from base.errors import ArtefactError, DataError
+from base.storage import Staging, dump_json, is_published, publish, resolve, verify
+from features.pipeline import FittedPipeline
+from features.schema import Output, Schema
+from recsys.data import IdCount, IdPolicy, batches, to_columns
+from recsys.models import Model, ModelConfig, build_model
+from recsys.tensors import load_tensors, save_tensors
+
+KIND = "bundle"
+_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+_ROWS = "golden.parquet"
+_GOLDEN_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A trained model with everything needed to score raw rows."""
+
+    model: Model
+    model_config: ModelConfig
+    features: FittedPipeline
+    schema: Schema
+    settings: Mapping[str, Any]
+    """The resolved configuration of the run."""
+    metrics: Mapping[str, Any]
+    """What was measured on the validation rows, per evaluation."""
+    golden: pl.DataFrame
+    """A few raw rows with the probabilities they must get."""
+    version: str = ""
+    """Content hash of the stored bundle; empty before it is saved."""
+
+    @property
+    def outputs(self) -> Sequence[Output]:
+        """The probabilities it gives."""
+        return self.model.outputs
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The raw columns it needs."""
+        return self.features.recipe.inputs
+
+    def predict(
+        self, frame: pl.LazyFrame, *, batch_size: int = 8192, policy: IdPolicy = "error", count: IdCount | None = None
+    ) -> Iterator[pl.DataFrame]:
+        """Probabilities of raw rows, in their order, one frame per batch; columns are the outputs, Float32.
+
+        Raises DataError if a column is missing or of another kind than in training.
+        """
+        examples = self.features.transform(frame).collect(engine="streaming")
+        yield from self.predict_examples(examples, batch_size=batch_size, policy=policy, count=count)
+
+    def predict_examples(
+        self, examples: pl.DataFrame, *, batch_size: int, policy: IdPolicy = "error", count: IdCount | None = None
+    ) -> Iterator[pl.DataFrame]:
+        """The same from rows that the bundle's own features have transformed."""
+        columns = to_columns(examples, self.schema, labels=False, policy=policy, count=count)
+        names = [o.name for o in self.outputs]
+        self.model.eval()
+        for batch in batches(columns, batch_size):
+            with torch.no_grad():
+                p_BO = self.model.probabilities(self.model(batch)).float().numpy()
+            if not np.isfinite(p_BO).all():
+                raise DataError(
+                    f"{(~np.isfinite(p_BO)).sum()} of {p_BO.size} probabilities are not finite; do not publish"
+                )
+            yield pl.DataFrame({name: p_BO[:, i] for i, name in enumerate(names)})
+
+    def check_golden(self) -> None:
+        """Score the golden rows again. Raises ArtefactError if one differs by more than 1e-6."""
+        if self.golden.is_empty():
+            return
+        found = pl.concat(self.predict(self.golden.lazy()))
+        for output in self.outputs:
+            difference = (found[output.name] - self.golden[f"@{output.name}"]).abs().max()
+            if difference is None or not float(difference) <= _GOLDEN_TOLERANCE:  # pyright: ignore[reportArgumentType]
+                raise ArtefactError(
+                    f"bundle {self.version}: {output.name} of its golden rows differs by {difference}; this machine or "
+                    "these library versions do not compute what was trained: see `recsys doctor`"
+                )
+
+    def save(self, target: Path, *, overwrite: bool = False) -> "Bundle":
+        """Publish the bundle as `target` and return it as loaded from there."""
+        with publish(target, KIND, overwrite=overwrite) as staging:
+            self._write(staging)
+        return Bundle.load(target)
+
+    def _write(self, staging: Staging) -> None:
+        save_tensors(staging, "weights", self.model.state_dict())
+        self.features.save(staging, prefix="features/")
+        about = {
+            "schema": self.schema.model_dump(mode="json"),
+            "model": self.model_config.model_dump(mode="json"),
+            "settings": self.settings,
+            "metrics": self.metrics,
+        }
+        for name, value in about.items():
+            (staging / f"{name}.json").write_bytes(dump_json(value))
+        self.golden.write_parquet(staging / _ROWS)
+        staging.about["features"] = self.features.version
+
+    @classmethod
+    def load(cls, target: Path) -> "Bundle":
+        """Read a bundle, published or copied. Raises ArtefactError naming whatever is missing, altered or mismatched."""
+        folder = resolve(target, KIND) if is_published(target) else target
+        manifest = verify(folder)
+        features = FittedPipeline.load(folder / "features")
+        if features.version != manifest.about.get("features"):
+            raise ArtefactError(
+                f"{folder / 'features'}: is version {features.version}, but the model was trained with "
+                f"{manifest.about.get('features')}; take both from the same run"
+            )
+        schema = Schema.model_validate(_json(folder / "schema.json"))
+        if (schema.dense, schema.sparse) != (features.dense, features.sparse):
+            raise ArtefactError(
+                f"{folder / 'schema.json'}: does not describe the stored features; take both from one run"
+            )
+        config = _MODEL.validate_python(_json(folder / "model.json"))
+        model = load_model(config, schema, load_tensors(folder / "weights"), where=folder / "weights")
+        return cls(
+            model=model,
+            model_config=config,
+            features=features,
+            schema=schema,
+            settings=_json(folder / "settings.json"),
+            metrics=_json(folder / "metrics.json"),
+            golden=pl.read_parquet(folder / _ROWS),
+            version=manifest.version,
+        )
+
+
+def load_model(config: ModelConfig, schema: Schema, weights: Mapping[str, Tensor], *, where: Path) -> Model:
+    """A plain, unsharded model with these weights. Raises ArtefactError if they are not exactly the model's."""
+    model = build_model(config, schema, table_device="meta")
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ArtefactError(
+                f"{where}: {name} is {found.get(name, 'missing')}, the model needs {expected.get(name, 'no such tensor')}; "
+                "weights and configuration belong to different runs"
+            )
+    model.load_state_dict(dict(weights), strict=True, assign=True)
+    return model.eval()
+
+
+def golden_rows(bundle: Bundle, raw: pl.DataFrame) -> pl.DataFrame:
+    """Raw rows with the probabilities `bundle` gives them as `@p_...`."""
+    rows = raw.select(bundle.inputs)
+    scores = pl.concat(bundle.predict(rows.lazy()))
+    return rows.hstack([scores[o.name].alias(f"@{o.name}") for o in bundle.outputs])
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path}: cannot be read ({error}); restore or rebuild the bundle") from None

@@ -1,0 +1,70 @@
+"""One vector per field: table rows for ids, a scaled vector for numbers."""
+
+import torch
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, PoolingType
+
+from base.errors import ConfigError
+from features.schema import Schema
+from recsys.batch import Batch
+
+# Shape suffixes: B = batch, F = fields (sparse, then dense), S = sparse fields, N = dense fields, D = embedding dimension.
+
+WIDTH_UNIT = 4
+"""fbgemm's rows are multiples of four floats."""
+
+
+class Embeddings(nn.Module):
+    """embedding_BFD of a batch, fields in the schema's order.
+
+    Ids: the mean of the rows in a bag, 0 for an empty one (AutoInt, equations 2 and 3). Numbers: v_m x_m (equation 4).
+    """
+
+    def __init__(self, schema: Schema, dim: int, table_device: torch.device) -> None:
+        super().__init__()
+        if dim % WIDTH_UNIT:
+            raise ConfigError(f"model.dim = {dim}: fbgemm needs a multiple of {WIDTH_UNIT}; try {-(-dim // 4) * 4}")
+        if not schema.sparse:
+            raise ConfigError(
+                "features: none gives ids; add a vocabulary, hash, cross, boundaries or quantiles feature"
+            )
+        self.names = [f.name for f in schema.sparse]
+        self.dim = dim
+        self.tables = EmbeddingBagCollection(
+            tables=[
+                EmbeddingBagConfig(
+                    name=f.name,
+                    feature_names=[f.name],
+                    num_embeddings=f.rows,
+                    embedding_dim=dim,
+                    pooling=PoolingType.MEAN,
+                )
+                for f in schema.sparse
+            ],
+            device=table_device,
+        )
+        self.numeric_ND = nn.Parameter(torch.randn(len(schema.dense), dim) * INIT_STD)
+
+    def forward(self, batch: Batch) -> Tensor:
+        ids_BSD = in_order(self.tables(batch.sparse), self.names, self.dim)
+        numbers_BND = batch.dense_BN.unsqueeze(2) * self.numeric_ND
+        return torch.cat([ids_BSD, numbers_BND], dim=1)
+
+
+INIT_STD = 0.01
+"""Standard deviation of initial embeddings, as in AutoInt's code."""
+
+
+def in_order(pooled: KeyedTensor, names: list[str], dim: int) -> Tensor:
+    """pooled_BSD in the order of `names`: a sharded collection gives its keys in an order of its own."""
+    pooled_BSD = pooled.values().view(-1, len(names), dim)
+    keys = pooled.keys()
+    if keys == names:
+        return pooled_BSD
+    return pooled_BSD[:, [keys.index(name) for name in names]]
+
+
+def reset_table(weights_RD: Tensor, generator: torch.Generator) -> None:
+    """Initialise a table in place, by blocks, so that no second copy of a large one is made."""
+    for block in weights_RD.split(2**20):
+        block.copy_(torch.randn(block.shape, generator=generator) * INIT_STD)

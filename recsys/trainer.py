@@ -1,0 +1,234 @@
+"""Training: epochs over a stream, exact metrics on held-out examples, the best weights kept, resumable at any step."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import polars as pl
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from base.config import Config
+from base.errors import DataError, EnvironmentFault
+from base.faults import faultpoint
+from features.schema import Schema
+from recsys import checkpoint
+from recsys.checkpoint import Position
+from recsys.data import ExampleStream
+from recsys.distributed import Sharded, reset_tables, shard
+from recsys.metrics import evaluate, headline
+from recsys.models import Model, ModelConfig, build_model
+
+
+class TrainConfig(Config):
+    """How to train. Fields not given have defaults that work on a laptop."""
+
+    batch_size: PositiveInt = 4096
+    epochs: PositiveInt = 3
+    learning_rate: PositiveFloat = 1e-3
+    """Of Adam, for everything but the tables."""
+    table_learning_rate: PositiveFloat = 0.02
+    """Of row-wise Adagrad, for the tables."""
+    table_eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    """L2 in Adam (dense parameters only)."""
+    decay_on_plateau: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Multiplies both learning rates after an evaluation without improvement."""
+    monitor: Literal["log_loss", "auc"] = "log_loss"
+    """Decides which weights are best and when to stop; the mean over outputs."""
+    patience: PositiveInt = 2
+    """Stop after so many evaluations in a row without improvement."""
+    seed: int = 0
+    shuffle_window: PositiveInt = 8
+    """Row groups of 131,072 examples that are shuffled together."""
+    checkpoint_every: PositiveInt = 2000
+    """Steps between checkpoints inside an epoch; there is one after every epoch as well."""
+    threads: PositiveInt | None = None
+    """CPU threads; by default torch's choice. Weights are bit-identical only for equal numbers of threads."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands, for whoever watches."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    """Of all epochs."""
+    rows_per_second: float
+    eta_seconds: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The outcome: the best weights and how they came about."""
+
+    weights: dict[str, Tensor]
+    history: list[dict[str, float]]
+    best_epoch: int
+    """Counted from 1."""
+    rows_per_second: float
+    resumed_at: int
+    """Step at which this process took over; 0 if it started from nothing."""
+
+
+def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The only place that chooses a device. Raises EnvironmentFault if CUDA is asked for and not there."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentFault("train.device = 'cuda': torch sees no CUDA device; use 'cpu', or see `recsys doctor`")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def train(
+    model_config: ModelConfig,
+    schema: Schema,
+    fit: ExampleStream,
+    valid: ExampleStream,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    identity: str = "",
+    on_step: Callable[[Progress], None] = lambda _: None,
+) -> Trained:
+    """Train on `fit`, measure on `valid` after every epoch, return the best weights.
+
+    `folder` holds the checkpoint; one whose configuration and data (`identity`) are the same is resumed.
+    Raises DataError if there is nothing to train on or the loss is not finite.
+    """
+    if fit.rows() < fit.batch_size // 8 or valid.rows() == 0:
+        raise DataError(
+            f"{fit.rows()} training and {valid.rows()} validation rows: too few for batches of {fit.batch_size}"
+        )
+    run = _run_hash(model_config, schema, config, identity)
+    device = pick_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    model = build_model(model_config, schema, table_device="meta")
+    rate, eps = config.table_learning_rate, config.table_eps
+    sharded = shard(model, device, learning_rate=rate, eps=eps, batch_size=config.batch_size)
+    optimizer = torch.optim.Adam(sharded.dense.values(), config.learning_rate, weight_decay=config.weight_decay)
+    at = checkpoint.position_of(folder)
+    if at is None or at.run != run:
+        reset_tables(sharded, config.seed)
+        at = Position(run=run)
+    else:
+        checkpoint.restore(folder, sharded, optimizer)
+    resumed_at, seen, started = at.step, 0, time.perf_counter()
+    per_epoch = fit.batches_per_epoch()
+    while not at.finished:
+        _set_rates(sharded, optimizer, config, at)
+        losses = torch.zeros((), dtype=torch.float64)
+        sharded.module.train()
+        for batch in fit.epoch(at.epoch, start=at.batch):
+            torch.manual_seed(hash((config.seed, at.step)))  # dropout follows from the step, so resuming repeats it
+            batch = batch.to(device)
+            loss = model.loss(sharded.module(batch), batch.labels_BT)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            value = loss.detach().item()
+            if not np.isfinite(value):
+                raise DataError(
+                    f"the loss became {value} at step {at.step}: lower train.table_learning_rate or learning_rate"
+                )
+            losses += value
+            at = at.model_copy(update={"batch": at.batch + 1, "step": at.step + 1})
+            seen += len(batch)
+            on_step(_progress(at, config, per_epoch, seen, resumed_at, time.perf_counter() - started, value))
+            if at.batch % config.checkpoint_every == 0 and at.batch < per_epoch:
+                checkpoint.save(folder, sharded, optimizer, at)
+            faultpoint("trainer.step")
+        at = _close_epoch(at, config, sharded, model, valid, device, folder, float(losses) / max(1, at.batch))
+        checkpoint.save(folder, sharded, optimizer, at)
+    assert at.best is not None
+    elapsed = time.perf_counter() - started
+    history = [dict(entry) for entry in at.history]
+    best = min(history, key=lambda entry: entry["objective"])
+    return Trained(checkpoint.load_best(folder, at.best), history, int(best["epoch"]), seen / elapsed, resumed_at)
+
+
+def predict(module: Callable[..., Tensor], model: Model, stream: ExampleStream, device: torch.device) -> pl.DataFrame:
+    """A scored table of a stream: a probability per output and the labels."""
+    probabilities: list[Tensor] = []
+    labels: list[Tensor] = []
+    with torch.no_grad():
+        for batch in stream.epoch(0):
+            logits_BT = module(batch.to(device))
+            probabilities.append(model.probabilities(logits_BT).cpu())
+            labels.append(batch.labels_BT)
+    p_RO, y_RT = torch.cat(probabilities).double().numpy(), torch.cat(labels).to(torch.int8).numpy()
+    scored = {o.name: p_RO[:, i] for i, o in enumerate(model.outputs)}
+    return pl.DataFrame(scored | {label: y_RT[:, i] for i, label in enumerate(stream.schema.labels)})
+
+
+def _close_epoch(
+    at: Position,
+    config: TrainConfig,
+    sharded: Sharded,
+    model: Model,
+    valid: ExampleStream,
+    device: torch.device,
+    folder: Path,
+    train_loss: float,
+) -> Position:
+    """Measure, keep the weights if they are the best so far, decide whether to go on."""
+    sharded.module.eval()
+    scored = predict(sharded.module, model, valid, device)
+    evaluation = evaluate(scored, model.outputs)
+    metrics = {o.name: headline(evaluation, o.name) for o in model.outputs}
+    sign = -1.0 if config.monitor == "auc" else 1.0
+    objective = sign * float(np.mean([m[config.monitor] for m in metrics.values()]))
+    if not np.isfinite(objective):
+        raise DataError(
+            f"{config.monitor} of the validation rows is {objective}: they hold one class only; choose other days"
+        )
+    entry = {"epoch": float(at.epoch + 1), "step": float(at.step), "train_loss": train_loss, "objective": objective}
+    for output, found in metrics.items():
+        entry |= {f"{output}.{k}": v for k, v in found.items() if k not in ("rows", "positives")}
+    history = (*at.history, entry)
+    objectives = [h["objective"] for h in history]
+    improved = objective < min(objectives[:-1], default=float("inf"))
+    best = checkpoint.save_best(folder, sharded) if improved else at.best
+    faultpoint("trainer.best")
+    waited = len(objectives) - 1 - int(np.argmin(objectives))
+    finished = at.epoch + 1 >= config.epochs or waited >= config.patience
+    return at.model_copy(
+        update={"epoch": at.epoch + 1, "batch": 0, "history": history, "best": best, "finished": finished}
+    )
+
+
+def _set_rates(sharded: Sharded, optimizer: torch.optim.Optimizer, config: TrainConfig, at: Position) -> None:
+    objectives = [h["objective"] for h in at.history]
+    plateaus = sum(o >= min(objectives[:i], default=float("inf")) for i, o in enumerate(objectives))
+    factor = config.decay_on_plateau**plateaus
+    sharded.set_table_learning_rate(config.table_learning_rate * factor)
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate * factor
+
+
+def _progress(
+    at: Position, config: TrainConfig, per_epoch: int, seen: int, resumed_at: int, elapsed: float, loss: float
+) -> Progress:
+    total = config.epochs * per_epoch
+    eta = elapsed / max(1, at.step - resumed_at) * (total - at.step)
+    return Progress(at.epoch + 1, config.epochs, at.step, total, seen / elapsed, eta, loss)
+
+
+def _run_hash(model: ModelConfig, schema: Schema, config: TrainConfig, identity: str) -> str:
+    free = {"checkpoint_every", "device"}  # these may change between a run and its resumption
+    parts = [
+        model.model_dump(mode="json"),
+        schema.model_dump(mode="json"),
+        config.model_dump(mode="json", exclude=free),
+    ]
+    return hashlib.sha256(json.dumps([*parts, identity], sort_keys=True).encode()).hexdigest()[:16]
