@@ -105,9 +105,9 @@ def _readable(location: Sequence[str | int], tree: Any) -> str:
     parts: list[str] = []
     node = tree
     for i, part in enumerate(location):
-        if isinstance(node, Mapping) and part in node:
-            node = node[part]
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+        if (isinstance(node, Mapping) and part in node) or (
+            isinstance(node, list) and isinstance(part, int) and part < len(node)
+        ):
             node = node[part]
         elif isinstance(node, Mapping) and i < len(location) - 1:
             continue  # the tag of a union, not a key

@@ -29,5 +29,5 @@ class RegistryError(UserError):
     """MLflow cannot be reached, or has no such model."""
 
 
-class EnvironmentFault(UserError):
+class SetupError(UserError):
     """The installation or the machine cannot do what was asked."""

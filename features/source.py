@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from glob import glob
 from pathlib import Path
 from typing import Annotated, Literal, assert_never
@@ -331,7 +331,7 @@ def _join(frame: pl.LazyFrame, table: Table, time: Time | None) -> pl.LazyFrame:
     return joined.sort("__row").drop("__row", "__at")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _content_hash(path: str, size: int, modified: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from datetime import date, timedelta
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 import polars as pl
@@ -29,7 +30,7 @@ class DaySplit(Config):
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         spans = [(role, days_of(text)) for role in ("train", "valid", "test") if (text := getattr(self, role))]
-        for (earlier, a), (later, b) in zip(spans, spans[1:], strict=False):
+        for (earlier, a), (later, b) in pairwise(spans):
             if a[-1] >= b[0]:
                 raise ValueError(f"{earlier} ends {a[-1]}, not before {later} begins, {b[0]}: the future would leak")
         return self

@@ -316,7 +316,7 @@ class _Stateless(Transform, ABC):
 
 
 class Hash(_Ids, _Stateless):
-    """Ids 1..buckets by xxHash64 of the value's text (Weinberger et al. 2009); nothing is learned, collisions happen."""
+    """Ids 1..buckets by xxHash64 of the value's text (Weinberger et al. 2009): learns nothing, may collide."""
 
     kind: Literal["hash"] = "hash"
     buckets: PositiveInt

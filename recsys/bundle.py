@@ -114,7 +114,7 @@ class Bundle:
 
     @classmethod
     def load(cls, target: Path) -> "Bundle":
-        """Read a bundle, published or copied. Raises ArtefactError naming whatever is missing, altered or mismatched."""
+        """Read a bundle, published or copied. Raises ArtefactError naming what is missing, altered or mismatched."""
         folder = resolve(target, KIND) if is_published(target) else target
         manifest = verify(folder)
         features = FittedPipeline.load(folder / "features")
@@ -150,7 +150,7 @@ def load_model(config: ModelConfig, schema: Schema, weights: Mapping[str, Tensor
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ArtefactError(
-                f"{where}: {name} is {found.get(name, 'missing')}, the model needs {expected.get(name, 'no such tensor')}; "
+                f"{where}: {name} is {found.get(name, 'missing')}, the model needs {expected.get(name, 'none')}; "
                 "weights and configuration belong to different runs"
             )
     model.load_state_dict(dict(weights), strict=True, assign=True)

@@ -76,7 +76,7 @@ def position_of(folder: Path) -> Position | None:
 
 
 def restore(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and optimizer states back in place. Raises ArtefactError if a tensor is missing or of another shape."""
+    """Put weights and optimizer states back. Raises ArtefactError if a tensor is missing or of another shape."""
     stored = resolve(folder / "checkpoint", "checkpoint")
     with torch.no_grad():
         _copy(load_tensors(stored / "weights"), weights(sharded), stored)

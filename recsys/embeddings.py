@@ -8,7 +8,7 @@ from base.errors import ConfigError
 from features.schema import Schema
 from recsys.batch import Batch
 
-# Shape suffixes: B = batch, F = fields (sparse, then dense), S = sparse fields, N = dense fields, D = embedding dimension.
+# Shape suffixes: B = batch, F = fields (sparse, then dense), S = sparse, N = dense fields, D = embedding dimension.
 
 WIDTH_UNIT = 4
 """fbgemm's rows are multiples of four floats."""

@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from base.config import Config
-from base.errors import DataError, EnvironmentFault
+from base.errors import DataError, SetupError
 from base.faults import faultpoint
 from features.schema import Schema
 from recsys import checkpoint
@@ -82,9 +82,9 @@ class Trained:
 
 
 def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The only place that chooses a device. Raises EnvironmentFault if CUDA is asked for and not there."""
+    """The only place that chooses a device. Raises SetupError if CUDA is asked for and not there."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentFault("train.device = 'cuda': torch sees no CUDA device; use 'cpu', or see `recsys doctor`")
+        raise SetupError("train.device = 'cuda': torch sees no CUDA device; use 'cpu', or see `recsys doctor`")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -19,8 +19,8 @@ from recsys.models.base import one_output_per_label
 # head (d' in the paper), D = width coming in, L = layers.
 
 Variant = Literal["default", "paper", "official"]
-"""`paper`: equations 5 to 8 as printed. `default`: the same with scores divided by √d'. `official`: as the authors' code
-computes it, with bias and ReLU on queries, keys, values and residual, scaled scores, and layer normalisation at the end."""
+"""`paper`: equations 5 to 8 as printed. `default`: the same, scores divided by √d'. `official`: as the authors' code
+computes it: bias and ReLU on queries, keys, values and residual, scaled scores, and layer normalisation at the end."""
 
 
 class AutoIntConfig(Config):

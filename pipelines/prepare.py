@@ -1,0 +1,128 @@
+"""prepare: raw partitions in, fitted features and partitions of examples out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from base.errors import DataError
+from base.storage import Staging, is_published, publish, read_manifest, resolve
+from features.columns import explained
+from features.pipeline import FittedPipeline
+from features.schema import carried
+from features.source import REASON
+from pipelines.config import Run
+
+ROW_GROUP = 2**17
+
+
+def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = print) -> FittedPipeline:
+    """Fit the features on the training partitions, then write the examples of training and validation.
+
+    Partitions that are there already, made by the same features from the same files, are left alone.
+    Raises DataError if a partition is empty, holds too many bad rows, or a column is missing or of a wrong type.
+    """
+    source = run.source
+    training = source.partitions("train")
+    undated = source.undated()
+    counts = {partition: _check(run, partition) for partition in [*training, *source.partitions("valid")]}
+    good = sum(c["good"] for p, c in counts.items() if p in training)
+    _limit(run, "data.time", undated, good, {"time is missing": undated})
+    identity = {p: source.fingerprint(p)["sha256"] for p in counts}
+    fitted = _fit(run, training, identity, overwrite=overwrite, say=say)
+    for partition in counts:
+        target = run.examples_path(partition)
+        about = {"partition": partition, "pipeline": fitted.version, "raw": source.fingerprint(partition)}
+        if is_published(target) and _about(target) == about:
+            say(f"{partition}: examples are there already")
+            continue
+        with publish(target, "examples", overwrite=overwrite) as staging:
+            staging.about.update(about, rows=counts[partition]["good"], bad=counts[partition]["bad"])
+            _write(run, fitted, partition, staging)
+        reasons = "".join(f"; set aside {n} x {r}" for r, n in counts[partition]["bad"].items())
+        say(f"{partition}: {counts[partition]['good']:,} examples{reasons}")
+    return fitted
+
+
+def examples_of(run: Run, partitions: list[str], fitted: FittedPipeline) -> list[Path]:
+    """The example files of partitions, in order. Raises DataError if their ids mean something else to `fitted`."""
+    files: list[Path] = []
+    for partition in partitions:
+        folder = resolve(run.examples_path(partition), "examples")
+        version = read_manifest(folder).about["pipeline"]
+        if version not in fitted.accepts:
+            raise DataError(
+                f"{run.examples_path(partition)}: made by features {version}, the fitted ones are {fitted.version}; "
+                "run `recsys prepare --overwrite`"
+            )
+        files += sorted(folder.glob("part-*.parquet"))
+    return files
+
+
+def _fit(
+    run: Run, training: list[str], identity: dict[str, str], *, overwrite: bool, say: Callable[[str], None]
+) -> FittedPipeline:
+    target = run.features_path
+    about: dict[str, Any] = {"fitted_on": {p: identity[p] for p in training}}
+    if is_published(target):
+        folder = resolve(target, "features")
+        stored = FittedPipeline.load(folder)
+        if stored.recipe == run.pipeline and read_manifest(folder).about == about:
+            say(f"features {stored.version}: fitted already")
+            return stored
+    with publish(target, "features", overwrite=overwrite) as staging:
+        with explained("fitting features"):
+            fitted = run.pipeline.fit(_good(run, p) for p in training)
+        fitted.save(staging)
+        staging.about.update(about)
+    sizes = ", ".join(f"{f.name} {f.rows:,}" for f in fitted.sparse)
+    say(f"features {fitted.version}: fitted on {len(training)} partitions; rows per table: {sizes}")
+    return fitted
+
+
+def _good(run: Run, partition: str) -> pl.LazyFrame:
+    return run.source.checked(partition).filter(pl.col(REASON).is_null())
+
+
+def _check(run: Run, partition: str) -> dict[str, Any]:
+    """Rows to learn from, and bad ones by reason."""
+    with explained(f"{run.data.path}, {partition}"):
+        marked = run.source.checked(partition)
+        run.pipeline.kinds(marked)
+        found = marked.group_by(REASON).agg(pl.len()).sort(REASON).collect(engine="streaming")
+    reasons = dict(found.iter_rows())
+    good = reasons.pop(None, 0)
+    _limit(run, partition, sum(reasons.values()), good, reasons)
+    if good == 0:
+        raise DataError(f"{partition}: {run.data.path} has no rows for it; check the path, data.where and data.split")
+    return {"good": good, "bad": reasons}
+
+
+def _limit(run: Run, where: str, bad: int, good: int, reasons: dict[str, int]) -> None:
+    if bad > run.data.max_bad_share * (bad + good):
+        worst = sorted(reasons.items(), key=lambda item: -item[1])[:5]
+        listed = "; ".join(f"{rows} x {reason}" for reason, rows in worst)
+        raise DataError(
+            f"{where}: {bad} of {bad + good} rows are bad, {bad / (bad + good):.2%} where "
+            f"{run.data.max_bad_share:.2%} is allowed: {listed}. Mend the log, or raise data.max_bad_share to set them aside"
+        )
+
+
+def _write(run: Run, fitted: FittedPipeline, partition: str, staging: Staging) -> None:
+    labels = [carried(label) for label in run.labels]
+    with explained(f"{run.data.path}, {partition}"):
+        examples = fitted.transform(_good(run, partition), keep=labels)
+        examples.sink_parquet(
+            staging / "part-00000.parquet", row_group_size=ROW_GROUP, compression="lz4", statistics=False
+        )
+        bad = (
+            run.source.checked(partition).filter(pl.col(REASON).is_not_null()).drop(labels).collect(engine="streaming")
+        )
+    if bad.height:
+        bad.rename({REASON: "reason"}).write_parquet(staging / "rejected.parquet")
+
+
+def _about(target: Path) -> dict[str, Any]:
+    about = read_manifest(resolve(target)).about
+    return {key: about.get(key) for key in ("partition", "pipeline", "raw")}

@@ -1,0 +1,48 @@
+"""promote: challenger against champion on the same raw rows; the alias moves only if the gate says so."""
+
+import mlflow
+
+from pipelines.config import Run
+from pipelines.evaluate import held_out, measure, scored_table
+from pipelines.train import registry_of
+from recsys.bundle import Bundle
+from recsys.gate import Verdict, judge
+from recsys.metrics import headline
+from recsys.registry import CHALLENGER
+
+
+def promote(run: Run, *, version: str | None = None, partition: str | None = None) -> Verdict:
+    """Judge a version (by default the challenger), write the verdict to MLflow, and promote it if it passes.
+
+    Each model computes its own features from the raw rows. Judging the champion again changes nothing.
+    """
+    registry = registry_of(run)
+    candidate = registry.find(version or CHALLENGER)
+    champion = registry.champion()
+    if champion == candidate:
+        return Verdict(promoted=True, reasons=(f"version {candidate.version} is the champion already",))
+    partitions = held_out(run, partition)
+
+    def measured(bundle: Bundle) -> dict[str, dict[str, float]]:
+        table = measure(run, bundle.outputs, scored_table(run, bundle, partitions))
+        return {o.name: headline(table, o.name) for o in bundle.outputs}
+
+    found = measured(registry.bundle_of(candidate))
+    reference = measured(registry.bundle_of(champion)) if champion else None
+    verdict = judge(found, reference, run.gate)
+    record = {
+        "candidate": candidate.version,
+        "champion": champion.version if champion else None,
+        "partitions": partitions,
+        "candidate_metrics": found,
+        "champion_metrics": reference,
+        "verdict": verdict.model_dump(mode="json"),
+    }
+    with registry.run(candidate.run_id):
+        mlflow.log_dict(record, f"gate/version-{candidate.version}.json")
+    registry.tag(
+        candidate, {"gate": "passed" if verdict.promoted else "refused", "gate.reasons": "; ".join(verdict.reasons)}
+    )
+    if verdict.promoted:
+        registry.promote(candidate)
+    return verdict

@@ -1,0 +1,110 @@
+"""train: prepared examples in; a bundle, an MLflow run and a registered challenger out."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import polars as pl
+from mlflow.data.http_dataset_source import HTTPDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
+
+import serving.pyfunc as served
+from base.errors import DataError
+from base.storage import dump_json, read_manifest, resolve
+from features.pipeline import FittedPipeline
+from features.source import REASON
+from pipelines.config import Run
+from pipelines.prepare import examples_of
+from recsys import trainer
+from recsys.bundle import Bundle, golden_rows, load_model
+from recsys.data import ExampleStream
+from recsys.registry import ModelRegistry, Registered
+from recsys.trainer import Progress, Trained
+
+GOLDEN_ROWS = 64
+
+
+def registry_of(run: Run) -> ModelRegistry:
+    """The run's MLflow. Raises RegistryError if it does not answer."""
+    return ModelRegistry(run.tracking_uri, experiment=run.mlflow.experiment, name=run.mlflow.model)
+
+
+def train(
+    run: Run, *, on_step: Callable[[Progress], None] = lambda _: None, say: Callable[[str], None] = print
+) -> Registered:
+    """Train, bundle, register. A killed run resumes from its last checkpoint; a finished one is only registered.
+
+    Raises ArtefactError or DataError if nothing suitable is prepared, RegistryError if MLflow does not answer.
+    """
+    registry = registry_of(run)  # first: hours of training should not end in a refused connection
+    fitted = FittedPipeline.load(resolve(run.features_path, "features"))
+    if fitted.recipe != run.pipeline:
+        raise DataError(
+            f"{run.features_path}: fitted from other [[features]] or [derive]; run `recsys prepare --overwrite`"
+        )
+    schema = fitted.schema(run.data.key, run.labels)
+    training, validation = run.source.partitions("train"), run.source.partitions("valid")
+    folders = {p: resolve(run.examples_path(p), "examples") for p in [*training, *validation]}
+    fit = ExampleStream(
+        tuple(examples_of(run, training, fitted)),
+        schema,
+        run.train.batch_size,
+        shuffle=True,
+        seed=run.train.seed,
+        window=run.train.shuffle_window,
+    )
+    valid = ExampleStream(tuple(examples_of(run, validation, fitted)), schema, run.train.batch_size)
+    identity = hashlib.sha256(dump_json({p: f.name for p, f in folders.items()})).hexdigest()
+    trained = trainer.train(
+        run.model, schema, fit, valid, run.train, run.folder / "training", identity=identity, on_step=on_step
+    )
+    bundle = _bundle(run, fitted, trained)
+    say(
+        f"{run.name or run.model.name}: best epoch {trained.best_epoch} of {len(trained.history)}, "
+        f"{trained.rows_per_second:,.0f} rows/s, bundle {bundle.version}"
+    )
+    with registry.run(registry.run_of_training(bundle.version), name=run.name or run.model.name) as active:
+        mlflow.set_tag("training", bundle.version)
+        _log(run, trained, {p: read_manifest(f).about for p, f in folders.items()})
+        registered = registry.register(bundle, resolve(run.bundle_path), Path(served.__file__), active.info.run_id)
+    say(f"registered {registry.name} version {registered.version} as challenger")
+    return registered
+
+
+def _bundle(run: Run, fitted: FittedPipeline, trained: Trained) -> Bundle:
+    schema = fitted.schema(run.data.key, run.labels)
+    model = load_model(run.model, schema, trained.weights, where=run.folder / "training")
+    bundle = Bundle(
+        model=model,
+        model_config=run.model,
+        features=fitted,
+        schema=schema,
+        settings=run.model_dump(mode="json"),
+        metrics={"best_epoch": trained.best_epoch, "history": trained.history},
+        golden=pl.DataFrame(),
+    )
+    held_out = run.source.checked(run.source.partitions("valid")[0]).filter(pl.col(REASON).is_null())
+    raw = held_out.select(bundle.inputs).head(GOLDEN_ROWS).collect()
+    with_golden = Bundle(**{**vars(bundle), "golden": golden_rows(bundle, raw)})
+    return with_golden.save(run.bundle_path, overwrite=True)
+
+
+def _log(run: Run, trained: Trained, examples: dict[str, dict[str, Any]]) -> None:
+    """Parameters, metrics per epoch, the resolved configuration, and which data it was."""
+    settings = run.model_dump(mode="json")
+    parameters = {f"{part}.{key}": value for part in ("model", "train") for key, value in settings[part].items()}
+    mlflow.log_params({key: str(value)[:500] for key, value in parameters.items()})
+    for entry in trained.history:
+        mlflow.log_metrics({k: v for k, v in entry.items() if k != "epoch"}, step=int(entry["epoch"]))
+    mlflow.log_metrics({"best_epoch": trained.best_epoch})
+    if trained.rows_per_second:
+        mlflow.log_metric("rows_per_second", trained.rows_per_second)
+    mlflow.log_dict(settings, "config.json")
+    mlflow.log_dict(examples, "data.json")
+    for partition, about in examples.items():
+        context = "training" if partition in run.source.partitions("train") else "validation"
+        source = HTTPDatasetSource(f"file://{Path(about['raw']['path']).absolute()}")
+        digest = about["raw"]["sha256"][:36]
+        mlflow.log_input(MetaDataset(source, name=partition, digest=digest), context, {"rows": str(about["rows"])})

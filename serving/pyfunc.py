@@ -1,0 +1,27 @@
+"""The MLflow model, from code: raw columns in, the bundle's probabilities out, the same numbers as batch scoring."""
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import polars as pl
+
+from recsys.bundle import Bundle
+
+
+class BundleModel(mlflow.pyfunc.PythonModel):
+    """Serves a Bundle. Columns that it does not need are ignored."""
+
+    def load_context(self, context: Any) -> None:
+        self.bundle = Bundle.load(Path(context.artifacts["bundle"]))
+        self.bundle.check_golden()
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Probabilities of raw rows, in their order. Raises DataError on a missing column or one of a wrong type."""
+        present = [c for c in self.bundle.inputs if c in model_input.columns]
+        frame = pl.from_pandas(model_input[present])
+        return pl.concat(self.bundle.predict(frame.lazy())).to_pandas()
+
+
+mlflow.models.set_model(BundleModel())
