@@ -5,10 +5,8 @@ on the dense optimizer, and fbgemm reads row 0 for an id that does not exist.
 """
 
 import os
-import tempfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -61,8 +59,7 @@ def join_process_group(device: torch.device) -> None:
     if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend)
         return
-    meeting = Path(tempfile.mkdtemp(prefix="recsys-group-")) / "store"
-    dist.init_process_group(backend, init_method=meeting.as_uri(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def shard(model: nn.Module, device: torch.device, *, learning_rate: float, eps: float, batch_size: int) -> Sharded:

@@ -17,6 +17,7 @@ from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import AnyType, Array
 
 from base.errors import RegistryError
+from base.storage import MANIFEST
 from features.columns import Kind
 from recsys.bundle import Bundle
 
@@ -45,6 +46,7 @@ class ModelRegistry:
         # Fail within seconds where a server is down: a scheduler retries, a person waits.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
         self._client = MlflowClient(uri, uri)
@@ -93,7 +95,10 @@ class ModelRegistry:
         with _explained(self.uri):
             uri = f"models:/{self.name}/{registered.version}"
             folder = mlflow.artifacts.download_artifacts(artifact_uri=uri)
-        return Bundle.load(Path(folder) / "artifacts" / "bundle")
+        found = [m.parent for m in Path(folder).glob(f"artifacts/*/{MANIFEST}")]
+        if len(found) != 1:
+            raise RegistryError(f"model {self.name!r} version {registered.version}: holds {len(found)} bundles, not one")
+        return Bundle.load(found[0])
 
     def register(self, bundle: Bundle, folder: Path, code: Path, run_id: str) -> Registered:
         """Log the bundle as a model of the active run, make it the challenger; once, whatever retries happen."""
