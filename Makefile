@@ -9,10 +9,10 @@ FBGEMM_cpu  = fbgemm-gpu-cpu==1.8.0
 FBGEMM_cuda = fbgemm-gpu==1.8.0
 READY = $(VENV)/ready-$(ACCEL)
 
-.PHONY: setup demo test slow check lock bench clean help
+.PHONY: help setup demo test slow check lock peer clean
 
-help: ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 setup: $(READY) ## an environment in .venv, once
 
@@ -20,9 +20,40 @@ setup: $(READY) ## an environment in .venv, once
 $(READY): requirements.lock pyproject.toml
 	@test -n "$(FBGEMM_$(ACCEL))" || { echo "ACCEL=$(ACCEL) is not known: use ACCEL=cpu or ACCEL=cuda"; exit 1; }
 	test -x $(BIN)/python || $(PY) -m venv $(VENV)
-	rm -f $(VENV)/ready-*
-	$(BIN)/python -m pip uninstall -q -y fbgemm-gpu fbgemm-gpu-cpu
+	@if ls $(VENV)/ready-* 2>/dev/null | grep -qv ready-$(ACCEL); then \
+		$(BIN)/python -m pip uninstall -q -y fbgemm-gpu fbgemm-gpu-cpu; fi  # the two builds share one folder
+	@rm -f $(VENV)/ready-*
 	$(BIN)/python -m pip install -q torch==2.13.0 -c requirements.lock
 	$(BIN)/python -m pip install -q --no-deps -r requirements.lock "$(FBGEMM_$(ACCEL))"
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
+
+demo: setup ## the main job on a synthetic log: raw days in, scores and a report out
+	$(BIN)/recsys demo --output runs/demo
+
+test: check ## style, types, import contracts, then all tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: setup ## the tests that take minutes: kills at every write, a scheduler, servers
+	$(BIN)/python -m pytest -m slow
+
+check: setup ## ruff, pyright, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check -q .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+peer: .venv-peer/ready ## an environment for FuxiCTR, which bench/ compares with
+
+.venv-peer/ready: bench/requirements-peer.txt requirements.lock
+	$(PY) -m venv .venv-peer
+	.venv-peer/bin/python -m pip install -q torch==2.13.0 -c requirements.lock
+	.venv-peer/bin/python -m pip install -q --no-deps -r bench/requirements-peer.txt
+	@touch $@
+
+lock: ## resolve requirements.lock anew (needs uv; torch and fbgemm are installed apart)
+	uv pip compile pyproject.toml --extra cpu --extra dev --python-version 3.11 --no-emit-package torch \
+		--no-emit-package fbgemm-gpu-cpu --no-annotate --no-header -o requirements.lock
+
+clean: ## remove what demo and benches made; keeps the environment
+	rm -rf runs build

@@ -2,12 +2,13 @@
 
 import difflib
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date, time
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar, Union, cast, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 from base.errors import ConfigError
 
@@ -27,11 +28,13 @@ def load_config(model: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     Raises ConfigError naming the file, the key's path, the value and the nearest known name.
     """
     try:
-        tree = tomllib.loads(path.read_text())
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such run file; pass --config with the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; pass --config with the path of a TOML file") from None
     for override in overrides:
         _override(tree, override)
     return parse_config(model, tree, source=str(path))
@@ -42,7 +45,7 @@ def parse_config(model: type[C], tree: Mapping[str, Any], *, source: str) -> C:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(model, tree, fault) for fault in error.errors()]
+        lines = [_explain(model, fault) for fault in error.errors()]
         raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
 
 
@@ -54,19 +57,21 @@ def _override(tree: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"x = {text}")["x"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string: model.name=dcn
+    if isinstance(value, date | time):
+        value = text  # so is a bare day: data.split.test=2026-03-07
     *parents, last = key.split(".")
     node: Any = tree
     for i, name in enumerate(parents):
         node = _step(node, name, ".".join(parents[: i + 1]), override)
-    if isinstance(node, list):
+    if _is_list(node):
         node[_index(node, last, override)] = value
     else:
         node[last] = value
 
 
 def _step(node: Any, name: str, path: str, override: str) -> Any:
-    child = node[_index(node, name, override)] if isinstance(node, list) else node.setdefault(name, {})
-    if not isinstance(child, dict | list):
+    child = node[_index(node, name, override)] if _is_list(node) else node.setdefault(name, {})
+    if type(child) not in (dict, list):
         raise ConfigError(f"--set {override!r}: {path} is {child!r}, not a table")
     return child
 
@@ -77,13 +82,16 @@ def _index(node: list[Any], name: str, override: str) -> int:
     return int(name)
 
 
-def _explain(model: type[BaseModel], tree: Mapping[str, Any], fault: Any) -> str:
-    location = [part for part in fault["loc"] if part != "function-after"]
-    path = _readable(location, tree)
+def _is_list(node: object) -> TypeGuard[list[Any]]:
+    return isinstance(node, list)
+
+
+def _explain(model: type[BaseModel], fault: Any) -> str:
+    path, here = _walk(model, fault["loc"])
     match fault["type"]:
         case "extra_forbidden":
-            known = _known_names(model, location[:-1], tree)
-            return f"unknown key {path}{_nearest(str(location[-1]), known)}"
+            _, around = _walk(model, fault["loc"][:-1])
+            return f"unknown key {path}{_nearest(str(fault['loc'][-1]), _known_names(around))}"
         case "missing":
             return f"{path} is missing; it must be given"
         case "union_tag_invalid":
@@ -96,23 +104,13 @@ def _explain(model: type[BaseModel], tree: Mapping[str, Any], fault: Any) -> str
             return f"{path}.{tag} is missing; it says which kind this is"
         case "value_error":
             return f"{path}: {fault['ctx']['error']}" if path else str(fault["ctx"]["error"])
+        case "model_type" | "model_attributes_type" | "dict_type":
+            known = _known_names(here)
+            return f"{path} = {fault['input']!r}: must be a table" + (f" of: {', '.join(known)}" if known else "")
+        case "tuple_type":
+            return f"{path} = {fault['input']!r}: must be a list"
         case _:
             return f"{path} = {fault['input']!r}: {fault['msg']}"
-
-
-def _readable(location: Sequence[str | int], tree: Any) -> str:
-    """The key's path as the user wrote it: union tags that pydantic inserts are left out."""
-    parts: list[str] = []
-    node = tree
-    for i, part in enumerate(location):
-        if (isinstance(node, Mapping) and part in node) or (
-            isinstance(node, list) and isinstance(part, int) and part < len(node)
-        ):
-            node = node[part]
-        elif isinstance(node, Mapping) and i < len(location) - 1:
-            continue  # the tag of a union, not a key
-        parts.append(f"[{part}]" if isinstance(part, int) else f".{part}" if parts else str(part))
-    return "".join(parts)
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -121,25 +119,58 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"{hint} Known: {', '.join(sorted(known))}" if known else hint
 
 
-def _known_names(model: type[BaseModel], location: Sequence[str | int], tree: Any) -> list[str]:
-    """Field names of the configuration that stands at `location`."""
-    candidates: list[type[BaseModel]] = [model]
-    node: Any = tree
+def _walk(model: type[BaseModel], location: Sequence[str | int]) -> tuple[str, Any]:
+    """A fault's location as the user wrote it, and the type that is wanted there.
+
+    Inside a union pydantic puts the tag of the member that it tried, which is no key of the run file.
+    """
+    path, here = "", cast(Any, model)
     for part in location:
-        if isinstance(part, int):
-            node = node[part] if isinstance(node, list) and part < len(node) else None
-        elif isinstance(node, Mapping) and part in node:
-            node = node[part]
-            fields = [m.model_fields[part].annotation for m in candidates if part in m.model_fields]
-            candidates = [m for annotation in fields for m in _models(annotation)]
-        else:  # a discriminator's value: keep the member of the union that carries it
-            candidates = [m for m in candidates if any(part in get_args(f.annotation) for f in m.model_fields.values())]
-    return sorted({name for m in candidates for name in m.model_fields})
+        members = _members(here)
+        if len(members) > 1:
+            here = next((m for m in members if part in _tags(m)), Any)
+            continue
+        here = _inside(members[0], part)
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path, here
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif get_origin(annotation) in (Union, UnionType) or get_args(annotation):
-        for argument in get_args(annotation):
-            yield from _models(argument)
+def _members(annotation: Any) -> list[Any]:
+    """The types that a union allows besides None; any other type alone."""
+    if get_origin(annotation) is Annotated and not any(isinstance(m, Tag) for m in get_args(annotation)[1:]):
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) not in (Union, UnionType):
+        return [annotation]
+    return [m for argument in get_args(annotation) if argument is not NoneType for m in _members(argument)]
+
+
+def _tags(member: Any) -> set[Any]:
+    """By what a union may know this member: its Tag, or the values of its fields that are literals."""
+    if get_origin(member) is Annotated:
+        return {m.tag for m in get_args(member)[1:] if isinstance(m, Tag)}
+    fields = member.model_fields.values() if _is_model(member) else ()
+    literals = (f.annotation for f in fields if get_origin(f.annotation) is Literal)
+    return {value for literal in literals for value in get_args(literal)}
+
+
+def _inside(annotation: Any, part: str | int) -> Any:
+    """The type of a model's field, or of a list's or a table's values."""
+    plain = _plain(annotation)
+    if _is_model(plain):
+        return plain.model_fields[part].annotation if part in plain.model_fields else Any
+    arguments = get_args(plain)
+    return arguments[1 if get_origin(plain) is dict else 0] if arguments else Any
+
+
+def _known_names(annotation: Any) -> list[str]:
+    """Keys of the table that is wanted; of a union's members together."""
+    found = [_plain(m) for m in _members(annotation)]
+    return sorted({name for m in found if _is_model(m) for name in m.model_fields})
+
+
+def _plain(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

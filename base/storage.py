@@ -8,13 +8,15 @@ writer leaves only a staging folder, which the next writer of that name sweeps a
     scores/.versions/day=2026-03-07@5c1f0e.../{part-0.parquet, manifest.json}
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -63,15 +65,17 @@ class Staging:
 
 
 @contextmanager
-def publish(target: Path, kind: str, *, overwrite: bool = False, keep: int | None = None) -> Iterator[Staging]:
+def publish(
+    target: Path, kind: str, *, overwrite: bool = False, keep: int | None = None
+) -> Generator[Staging, None, None]:
     """Write an artefact in the body; on leaving it, publish the whole folder as `target`, or nothing at all.
 
     Without `overwrite` an existing `target` is refused, before the body and again at the last step, so that of two
     writers at once exactly one wins. `keep` removes all but the newest `keep` versions afterwards.
-    Raises PublishedError where the name is taken; errors of the body pass through and leave no trace.
+    Raises PublishedError where the name is taken, OSError naming `target` where the disk is full; other errors of the
+    body pass through. None leaves a trace.
     """
-    if not overwrite and is_published(target):
-        raise _taken(target)
+    _refuse_taken(target, overwrite=overwrite)
     versions = target.parent / _VERSIONS
     versions.mkdir(parents=True, exist_ok=True)
     staging_folder, lock = _new_staging(versions, target.name)
@@ -82,16 +86,18 @@ def publish(target: Path, kind: str, *, overwrite: bool = False, keep: int | Non
             faultpoint("storage.written")
             manifest = _seal(staging, kind)
             faultpoint("storage.sealed")
-            version = versions / f"{target.name}@{manifest.version}"
-            if version.exists():  # the same bytes were published before
-                shutil.rmtree(staging_folder)
-                version.touch()
-            else:
-                os.rename(staging_folder, version)
-            _fsync(versions)
-            faultpoint("storage.renamed")
-            _link(target, version, overwrite=overwrite)
+            with _Lock(versions):  # no other writer sweeps, prunes or publishes meanwhile
+                _refuse_taken(target, overwrite=overwrite)
+                version = versions / f"{target.name}@{manifest.version}"
+                _name(staging_folder, version)
+                _fsync(versions)
+                faultpoint("storage.renamed")
+                _link(target, version, overwrite=overwrite)
             faultpoint("storage.linked")
+        except Exception as error:
+            if number := _disk_error(error):
+                raise OSError(number, os.strerror(number), str(target)) from error
+            raise
         finally:
             shutil.rmtree(staging_folder, ignore_errors=True)
     if keep is not None:
@@ -153,10 +159,13 @@ def versions_of(target: Path) -> list[Path]:
 
 def prune(target: Path, *, keep: int, spare: Sequence[str] = ()) -> None:
     """Remove old versions of `target`: all but the newest `keep`, the published one, and those named in `spare`."""
-    current = target.resolve()
-    for version in versions_of(target)[:-keep]:
-        if version != current and version_name(version) not in spare:
-            shutil.rmtree(version)
+    if not versions_of(target):
+        return
+    with _Lock(target.parent / _VERSIONS):
+        current = target.resolve()
+        for version in versions_of(target)[:-keep]:
+            if version != current and version_name(version) not in spare:
+                _discard(version)
 
 
 def version_name(folder: Path) -> str:
@@ -178,7 +187,7 @@ def _seal(staging: Staging, kind: str) -> Manifest:
     manifest = Manifest(kind=kind, files=files, about=staging.about)
     (staging / MANIFEST).write_bytes(_dump(manifest))
     _fsync(staging / MANIFEST)
-    for folder in sorted({p.parent for p in paths} | {staging.folder}):
+    for folder in [*(p for p in staging.folder.rglob("*") if p.is_dir()), staging.folder]:
         _fsync(folder)
     return manifest
 
@@ -192,25 +201,64 @@ def _describe(path: Path) -> File:
         return File(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _link(target: Path, version: Path, *, overwrite: bool) -> None:
-    destination = version.relative_to(target.parent)
-    if not overwrite:
-        try:
-            os.symlink(destination, target)  # fails if the name is taken: of two writers one wins
-        except FileExistsError:
-            raise _taken(target) from None
-    elif target.is_dir() and not target.is_symlink():
-        raise PublishedError(f"{target}: is an ordinary folder, not a published link; move it away")
-    else:
-        fresh = version.with_name(f".link-{target.name}@{os.getpid()}")
-        fresh.unlink(missing_ok=True)
-        os.symlink(os.path.relpath(version, target.parent), fresh)
-        os.replace(fresh, target)
-    _fsync(target.parent)
+def _refuse_taken(target: Path, *, overwrite: bool) -> None:
+    if target.exists() and not target.is_symlink():
+        raise PublishedError(f"{target}: is an ordinary file or folder, not a published link; move it away")
+    if not overwrite and is_published(target):
+        raise _taken(target)
 
 
 def _taken(target: Path) -> PublishedError:
     return PublishedError(f"{target}: already published; pass --overwrite to replace it, or choose another name")
+
+
+def _name(staging_folder: Path, version: Path) -> None:
+    """Give a sealed folder its version name. The same bytes, published before, stay as they are unless damaged."""
+    if version.exists():
+        if _is_sound(version):
+            version.touch()  # the newest again
+            shutil.rmtree(staging_folder)
+            return
+        _discard(version)
+    os.rename(staging_folder, version)
+
+
+def _is_sound(version: Path) -> bool:
+    try:
+        verify(version)
+    except ArtefactError:
+        return False
+    return True
+
+
+def _link(target: Path, version: Path, *, overwrite: bool) -> None:
+    destination = version.relative_to(target.parent)
+    if overwrite:
+        fresh = version.with_name(f".link-{target.name}@")
+        fresh.unlink(missing_ok=True)
+        os.symlink(destination, fresh)
+        os.replace(fresh, target)
+    else:
+        try:
+            os.symlink(destination, target)  # fails if the name is taken, also where locks do not reach
+        except FileExistsError:
+            raise _taken(target) from None
+    _fsync(target.parent)
+
+
+def _discard(version: Path) -> None:
+    """Remove a version. It loses its name first, so that no half of one is ever taken for a whole."""
+    doomed = _staging_path(version.parent, version.name.rpartition("@")[0])
+    os.rename(version, doomed)
+    faultpoint("storage.discarded")
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _disk_error(error: Exception) -> int | None:
+    """The number of a full disk's error; Polars and safetensors give it only in their text."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    return number if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
 
 
 class _Lock:
@@ -233,13 +281,16 @@ class _Lock:
 def _new_staging(versions: Path, name: str) -> tuple[Path, _Lock]:
     """Sweep what killed writers of `name` left, then make a staging folder whose lock says that its writer lives."""
     with _Lock(versions):
-        for left in versions.glob(f".link-{name}@*"):
-            left.unlink(missing_ok=True)
         for left in versions.glob(f".staging-{name}@*"):
             with suppress(BlockingIOError, FileNotFoundError), _Lock(left, wait=False):
                 shutil.rmtree(left, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".staging-{name}@", dir=versions))
+        folder = _staging_path(versions, name)
+        folder.mkdir()
         return folder, _Lock(folder)
+
+
+def _staging_path(versions: Path, name: str) -> Path:
+    return versions / f".staging-{name}@{secrets.token_hex(8)}"
 
 
 def _fsync(path: Path) -> None:

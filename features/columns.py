@@ -1,7 +1,7 @@
 """Raw columns: which types the features accept, and row-wise SQL over them."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -31,7 +31,7 @@ def kind_of(dtype: pl.DataType) -> Kind:
                 return "texts"
             case _:
                 return "other"
-    if dtype in (pl.String, pl.Categorical) or isinstance(dtype, pl.Enum | pl.Categorical):
+    if isinstance(dtype, pl.String | pl.Enum | pl.Categorical):
         return "text"
     if dtype == pl.Boolean:
         return "boolean"
@@ -89,7 +89,7 @@ def roots_of(expressions: Mapping[str, str]) -> dict[str, set[str]]:
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
+def explained(what: str) -> Generator[None]:
     """Turn Polars' own errors while reading `what` into a DataError that names it."""
     try:
         yield

@@ -31,7 +31,7 @@ class FeaturePipeline:
     """Which columns to derive and which transforms to apply. Fitting returns another type."""
 
     transforms: tuple[AnyTransform, ...]
-    derive: Mapping[str, str] = field(default_factory=dict)
+    derive: Mapping[str, str] = field(default_factory=dict[str, str])
     """Derived raw columns, each a SQL expression over one row."""
 
     def __post_init__(self) -> None:
@@ -58,11 +58,12 @@ class FeaturePipeline:
 
         Raises DataError on no rows at all, a missing column, or one of a kind its transform cannot read.
         """
-        counts, kinds = self._count(partitions)
+        counts, kinds = self.count(partitions)
         learned = tuple(t.settle(c, None) for t, c in zip(self.transforms, counts, strict=True))
         return FittedPipeline(self, learned, kinds)
 
-    def _count(self, partitions: pl.LazyFrame | Iterable[pl.LazyFrame]) -> tuple[list[pl.DataFrame], dict[str, Kind]]:
+    def count(self, partitions: pl.LazyFrame | Iterable[pl.LazyFrame]) -> tuple[list[pl.DataFrame], dict[str, Kind]]:
+        """Merged statistics per transform, and what each column holds. Raises DataError as `fit` does."""
         merged: list[pl.DataFrame] | None = None
         kinds: dict[str, Kind] = {}
         rows = 0
@@ -154,13 +155,13 @@ class FittedPipeline:
 
     def extend(self, partitions: pl.LazyFrame | Iterable[pl.LazyFrame]) -> "FittedPipeline":
         """Take in new days: counts grow and new ids are appended; given ids and numeric scales stay as they are."""
-        counts, kinds = self.recipe._count(partitions)
+        counts, kinds = self.recipe.count(partitions)
         self._check_kinds(kinds)
         learned = tuple(
             t.settle(t.merge([old, new]), old) if t.learns else old
             for t, old, new in zip(self.recipe.transforms, self.learned, counts, strict=True)
         )
-        known = {c: k if k != "missing" else kinds[c] for c, k in self.kinds.items()}
+        known: dict[str, Kind] = {c: k if k != "missing" else kinds[c] for c, k in self.kinds.items()}
         return FittedPipeline(self.recipe, learned, known, self.accepts)
 
     def save(self, staging: Staging, prefix: str = "") -> None:

@@ -8,7 +8,7 @@ from datetime import date
 from functools import cache, cached_property
 from glob import glob
 from pathlib import Path
-from typing import Annotated, Literal, assert_never
+from typing import Annotated, Any, Literal, assert_never
 
 import polars as pl
 from pydantic import BeforeValidator, Field
@@ -78,11 +78,15 @@ class Table(Files):
     """For versioned rows: since when a row holds. The log's row takes the latest at or before its own time."""
 
 
+def _by_name(labels: Any) -> Any:
+    return {name: name for name in labels} if isinstance(labels, list | tuple) else labels  # pyright: ignore
+
+
 class Data(Files):
     """The impression log: what identifies a row, what is to be predicted, and how it is split."""
 
     key: Annotated[tuple[str, ...], Field(min_length=1)]
-    labels: Annotated[dict[str, str], BeforeValidator(lambda v: v if isinstance(v, dict) else {n: n for n in v})]
+    labels: Annotated[dict[str, str], BeforeValidator(_by_name), Field(min_length=1)]
     """Names of 0/1 columns, or a table of name = SQL expression."""
     time: Annotated[Time | None, BeforeValidator(lambda v: {"column": v} if isinstance(v, str) else v)] = None
     where: str | None = None

@@ -58,7 +58,7 @@ class RandomSplit(Config):
 
 
 def _kind(value: Any) -> str:
-    train = value.get("train") if isinstance(value, dict) else getattr(value, "train", None)
+    train: Any = value.get("train") if isinstance(value, dict) else getattr(value, "train", None)  # pyright: ignore
     return "days" if isinstance(train, str) else "random"
 
 

@@ -105,7 +105,8 @@ def _limit(run: Run, where: str, bad: int, good: int, reasons: dict[str, int]) -
         listed = "; ".join(f"{rows} x {reason}" for reason, rows in worst)
         raise DataError(
             f"{where}: {bad} of {bad + good} rows are bad, {bad / (bad + good):.2%} where "
-            f"{run.data.max_bad_share:.2%} is allowed: {listed}. Mend the log, or raise data.max_bad_share to set them aside"
+            f"{run.data.max_bad_share:.2%} is allowed: {listed}. "
+            "Mend the log, or raise data.max_bad_share to set them aside"
         )
 
 

@@ -20,7 +20,7 @@ from pipelines.prepare import examples_of
 from recsys import trainer
 from recsys.bundle import Bundle, golden_rows, load_model
 from recsys.data import ExampleStream
-from recsys.registry import ModelRegistry, Registered
+from recsys.registry import ModelRegistry
 from recsys.trainer import Progress, Trained
 
 GOLDEN_ROWS = 64
@@ -33,7 +33,7 @@ def registry_of(run: Run) -> ModelRegistry:
 
 def train(
     run: Run, *, on_step: Callable[[Progress], None] = lambda _: None, say: Callable[[str], None] = print
-) -> Registered:
+) -> Trained:
     """Train, bundle, register. A killed run resumes from its last checkpoint; a finished one is only registered.
 
     Raises ArtefactError or DataError if nothing suitable is prepared, RegistryError if MLflow does not answer.
@@ -70,7 +70,7 @@ def train(
         _log(run, trained, {p: read_manifest(f).about for p, f in folders.items()})
         registered = registry.register(bundle, resolve(run.bundle_path), Path(served.__file__), active.info.run_id)
     say(f"registered {registry.name} version {registered.version} as challenger")
-    return registered
+    return trained
 
 
 def _bundle(run: Run, fitted: FittedPipeline, trained: Trained) -> Bundle:

@@ -6,12 +6,15 @@ on the dense optimizer, and fbgemm reads row 0 for an id that does not exist.
 
 import os
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import get_default_sharders
@@ -46,7 +49,8 @@ class Sharded:
     def set_table_learning_rate(self, value: float) -> None:
         """Takes effect from the next backward pass on."""
         optimizer = self.module.fused_optimizer
-        for group in optimizer.param_groups:
+        groups: Any = optimizer.param_groups
+        for group in groups:
             group["lr"] = value
         optimizer.step()  # the fused kernel reads the rate here; gradients are applied in backward
 
@@ -59,19 +63,19 @@ def join_process_group(device: torch.device) -> None:
     if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend)
         return
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
-def shard(model: nn.Module, device: torch.device, *, learning_rate: float, eps: float, batch_size: int) -> Sharded:
+def shard(model: nn.Module, device: torch.device, adagrad: Mapping[str, float], *, batch_size: int) -> Sharded:
     """Put `model` (tables on the meta device) under DistributedModelParallel. Tables are initialised by `reset_tables`.
 
-    RowWiseAdagrad because fbgemm's Adam has no CPU kernel; its state is one float a row.
+    `adagrad`: options of RowWiseAdagrad, taken because fbgemm's Adam has no CPU kernel; its state is one float a row.
     """
     join_process_group(device)
     collections = [m for m in model.modules() if isinstance(m, Embeddings)]
     for collection in collections:
         parameters = collection.tables.parameters()
-        apply_optimizer_in_backward(RowWiseAdagrad, parameters, {"lr": learning_rate, "eps": eps})
+        apply_optimizer_in_backward(RowWiseAdagrad, parameters, dict(adagrad))
     constraints = {
         name: ParameterConstraints(
             sharding_types=["table_wise"], compute_kernels=["fused"], bounds_check_mode=BoundsCheckMode.FATAL

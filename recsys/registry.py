@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from mlflow.artifacts import download_artifacts
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.pyfunc import log_model
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, Schema
-from mlflow.types.schema import AnyType, Array
+from mlflow.types.schema import AnyType
 
 from base.errors import RegistryError
 from base.storage import MANIFEST
-from features.columns import Kind
 from recsys.bundle import Bundle
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -94,10 +94,12 @@ class ModelRegistry:
         """The Bundle of a version, verified."""
         with _explained(self.uri):
             uri = f"models:/{self.name}/{registered.version}"
-            folder = mlflow.artifacts.download_artifacts(artifact_uri=uri)
+            folder = download_artifacts(artifact_uri=uri)
         found = [m.parent for m in Path(folder).glob(f"artifacts/*/{MANIFEST}")]
         if len(found) != 1:
-            raise RegistryError(f"model {self.name!r} version {registered.version}: holds {len(found)} bundles, not one")
+            raise RegistryError(
+                f"model {self.name!r} version {registered.version}: holds {len(found)} bundles, not one"
+            )
         return Bundle.load(found[0])
 
     def register(self, bundle: Bundle, folder: Path, code: Path, run_id: str) -> Registered:
@@ -139,23 +141,15 @@ class ModelRegistry:
 
 
 def signature_of(bundle: Bundle) -> ModelSignature:
-    """Raw columns by type, as MLflow checks them; numbers are left open, since it refuses an integer for a double."""
+    """Raw columns and probabilities. Only text is typed: MLflow refuses an integer for a double, and missing lists.
+
+    The bundle checks every column itself.
+    """
     kinds = {**dict.fromkeys(bundle.inputs, "other"), **bundle.features.kinds}
-    inputs = [ColSpec(_mlflow_type(kinds[c]), name=c, required=True) for c in bundle.inputs]  # pyright: ignore
-    outputs = [ColSpec(DataType.float, name=o.name) for o in bundle.outputs]
-    return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs))  # pyright: ignore[reportArgumentType]
-
-
-def _mlflow_type(kind: Kind) -> Any:
-    match kind:
-        case "text":
-            return DataType.string
-        case "texts":
-            return Array(DataType.string)
-        case "integers":
-            return Array(DataType.long)
-        case _:
-            return AnyType()
+    types: dict[str, Any] = {c: DataType.string if kinds[c] == "text" else AnyType() for c in bundle.inputs}
+    inputs: list[Any] = [ColSpec(types[c], name=c, required=True) for c in bundle.inputs]
+    outputs: list[Any] = [ColSpec(DataType.float, name=o.name) for o in bundle.outputs]
+    return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs))
 
 
 def _registered(version: ModelVersion) -> Registered:

@@ -36,6 +36,8 @@ class TrainConfig(Config):
     table_learning_rate: PositiveFloat = 0.02
     """Of row-wise Adagrad, for the tables."""
     table_eps: PositiveFloat = 1e-8
+    table_weight_decay: NonNegativeFloat = 0.0
+    """L2 on the table rows of a batch, each time they are touched."""
     weight_decay: NonNegativeFloat = 0.0
     """L2 in Adam (dense parameters only)."""
     decay_on_plateau: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -114,8 +116,12 @@ def train(
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     model = build_model(model_config, schema, table_device="meta")
-    rate, eps = config.table_learning_rate, config.table_eps
-    sharded = shard(model, device, learning_rate=rate, eps=eps, batch_size=config.batch_size)
+    adagrad = {
+        "lr": config.table_learning_rate,
+        "eps": config.table_eps,
+        "weight_decay": config.table_weight_decay,
+    }
+    sharded = shard(model, device, adagrad, batch_size=config.batch_size)
     optimizer = torch.optim.Adam(sharded.dense.values(), config.learning_rate, weight_decay=config.weight_decay)
     at = checkpoint.position_of(folder)
     if at is None or at.run != run:

@@ -1,0 +1,198 @@
+"""Quality on MovieLens-1M by AutoInt's protocol: our models and FuxiCTR's AutoInt, on one split, over seeds.
+
+    python -m bench.quality --data PATH/ml-1m              the whole table, 5 seeds
+    python -m bench.quality --data PATH/ml-1m --quick      one seed, one epoch, a tenth of the rows
+    python -m bench.quality --table                        print the table from the records
+
+Every model's settings were chosen on the validation rows; the test rows are read once per seed, by the best weights.
+FuxiCTR runs in an environment of its own (`make peer`), on the identical encoded rows.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from base.config import load_config
+from base.storage import publish, resolve
+from bench import records
+from features.pipeline import FittedPipeline
+from features.schema import carried
+from features.source import REASON
+from pipelines.config import Run
+from pipelines.prepare import prepare
+from pipelines.progress import Ticker
+from recsys import trainer
+from recsys.bundle import load_model
+from recsys.data import ExampleStream, batches, to_columns
+from recsys.metrics import log_loss, roc_auc
+from recsys.models import ModelConfig
+
+ROOT = Path(__file__).parent.parent
+RUN = ROOT / "pipelines" / "runs" / "ml-1m.toml"
+RECORDS = records.FOLDER / "quality.jsonl"
+PEER = ROOT / ".venv-peer" / "bin" / "python"
+SEEDS = 5
+IDS = [{"kind": "vocabulary", "column": "user_id"}, {"kind": "vocabulary", "column": "movie_id"}]
+
+_AUTOINT = {"name": "autoint", "dim": 16, "layers": 3, "heads": 2, "attention_dim": 32}
+MODELS: dict[str, dict[str, Any]] = {
+    "LR": {"name": "lr"},
+    "FM": {"name": "fm", "dim": 16},
+    "DCN-v2": {"name": "dcn", "dim": 16, "cross_layers": 3, "hidden": [400, 400]},
+    "AutoInt": _AUTOINT,
+    "AutoInt+": {**_AUTOINT, "deep": [400, 400]},
+    "AutoInt, as in the paper": {**_AUTOINT, "variant": "paper"},
+    "AutoInt, as in the official code": {**_AUTOINT, "variant": "official"},
+}
+TRAIN: dict[str, dict[str, Any]] = {name: {} for name in MODELS}
+PEER_OPTIONS = ["--embedding-dim", "16", "--attention-layers", "3", "--heads", "2", "--attention-dim", "64"]
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder of MovieLens-1M")
+    parser.add_argument("--work", type=Path, default=Path("build/bench/ml-1m"), help="where examples are prepared")
+    parser.add_argument("--fields", choices=("paper", "ids"), default="paper", help="ids: user and movie ids as well")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--budget", default="2h", help="e.g. 90m or 2h")
+    parser.add_argument("--only", help="names of rows, comma separated")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    options = parser.parse_args()
+    file = RECORDS.with_stem("quality-quick") if options.quick else RECORDS
+    if not options.table:
+        if options.data is None:
+            parser.error("--data is needed: the folder of MovieLens-1M")
+        jobs = _jobs(options.data, options.work / options.fields, options.fields, quick=options.quick)
+        if options.only:
+            jobs = [j for j in jobs if j.name.split(" | ")[1] in options.only.split(",")]
+        records.run_jobs(file, jobs, budget_seconds=_seconds(options.budget))
+    print(table(file))
+
+
+def table(file: Path = RECORDS) -> str:
+    """The README's table, from the records."""
+    lines = ["| fields | model | AUC | log loss | seeds |", "|---|---|---|---|---|"]
+    names = [f"{f} | {m}" for f in ("paper", "ids") for m in (*MODELS, "FuxiCTR 2.3.10 AutoInt")]
+    for row in records.summary(file, names, ["auc", "log_loss"]):
+        fields, model = row["name"].split(" | ")
+        auc, loss = (f"{row[k]:.4f} ± {row[k + '_sd']:.4f}" for k in ("auc", "log_loss"))
+        lines.append(f"| {fields} | {model} | {auc} | {loss} | {row['n']} |")
+    return "\n".join(lines)
+
+
+def _jobs(data: str, work: Path, fields: str, *, quick: bool) -> list[records.Job]:
+    settings = [f"data.path={data}", f"output={work}"]
+    run = load_config(Run, RUN, settings)
+    if fields == "ids":
+        extra = load_config(Run, RUN, [*settings, f"features={_toml(IDS)}"]).features
+        run = run.model_copy(update={"features": (*run.features, *extra)})
+    if quick:
+        run = run.model_copy(update={"train": run.train.model_copy(update={"epochs": 1})})
+    fitted = prepare(run)
+    folder = export(run, fitted, work, share=0.1 if quick else 1.0)
+    common = {"bench": "quality", "fields": fields, "features": fitted.version, "quick": quick}
+    seeds = 1 if quick else SEEDS
+    jobs: list[records.Job] = []
+    for name, model in MODELS.items():
+        tree = {**run.model_dump(mode="json"), "model": model, "train": {**run.train.model_dump(), **TRAIN[name]}}
+        configured = Run.model_validate(tree)
+        config = {**common, "model": configured.model.model_dump(), "train": configured.train.model_dump()}
+
+        def measure(seed: int, run: Run = configured, name: str = name) -> Mapping[str, Any]:
+            return _ours(run, fitted, folder, seed, name)
+
+        jobs.append(records.Job(f"{fields} | {name}", config, seeds, measure))
+    if PEER.exists():
+        epochs = ["--epochs", "1" if quick else "50", "--batch-size", str(run.train.batch_size)]
+        options = [*PEER_OPTIONS, *epochs]
+        config = {**common, "peer": options}
+        peer = records.Job(
+            f"{fields} | FuxiCTR 2.3.10 AutoInt", config, seeds, lambda seed: _peer(folder, seed, options)
+        )
+        jobs.append(peer)
+    else:
+        print("FuxiCTR is left out: run `make peer` first", file=sys.stderr)
+    return jobs
+
+
+def export(run: Run, fitted: FittedPipeline, work: Path, *, share: float) -> Path:
+    """Encoded rows of the three splits as plain Parquet, the same for every model and for the peer."""
+    schema = fitted.schema(run.data.key, run.labels)
+    about = {
+        "label": carried(run.labels[0]),
+        "dense": [f.name for f in schema.dense],
+        "sparse": [f.model_dump() for f in schema.sparse],
+    }
+    with publish(work / "encoded", "encoded", overwrite=True, keep=1) as staging:
+        for split in ("train", "valid", "test"):
+            good = run.source.checked(f"split={split}").filter(pl.col(REASON).is_null())
+            rows = fitted.transform(good, keep=[carried(run.labels[0])]).collect()
+            rows = rows.sample(fraction=share, seed=0) if share < 1 else rows
+            rows.write_parquet(staging / f"{split}.parquet", row_group_size=2**17)
+        (staging / "schema.json").write_text(json.dumps(about))
+    return resolve(work / "encoded")
+
+
+def _ours(run: Run, fitted: FittedPipeline, folder: Path, seed: int, name: str) -> Mapping[str, Any]:
+    schema = fitted.schema(run.data.key, run.labels)
+    config = run.train.model_copy(update={"seed": seed})
+    fit = ExampleStream((folder / "train.parquet",), schema, config.batch_size, shuffle=True, seed=seed)
+    valid = ExampleStream((folder / "valid.parquet",), schema, config.batch_size)
+    with tempfile.TemporaryDirectory() as scratch:
+        ticker = Ticker(f"{name} seed {seed}", interval_seconds=60)
+        trained = trainer.train(run.model, schema, fit, valid, config, Path(scratch), on_step=ticker.on_step)
+    labels, probabilities = predict(run.model, trained.weights, folder / "test.parquet", fitted, run)
+    return {
+        "auc": roc_auc(labels, probabilities),
+        "log_loss": log_loss(labels, probabilities),
+        "valid_auc": max(h[f"p_{run.labels[0]}.auc"] for h in trained.history),
+        "best_epoch": trained.best_epoch,
+    }
+
+
+def predict(model: ModelConfig, weights: Any, file: Path, fitted: FittedPipeline, run: Run) -> tuple[Any, Any]:
+    """Labels and probabilities of encoded rows, by the plain model."""
+    schema = fitted.schema(run.data.key, run.labels)
+    plain = load_model(model, schema, weights, where=file)
+    columns = to_columns(pl.read_parquet(file), schema, labels=True)
+    import torch
+
+    with torch.no_grad():
+        parts = [plain.probabilities(plain(batch))[:, 0] for batch in batches(columns, 8192)]
+    return columns.labels_RT[:, 0].numpy(), torch.cat(parts).double().numpy()
+
+
+def _peer(folder: Path, seed: int, options: list[str]) -> Mapping[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "result.json"
+        command = [PEER, "-m", "bench.fuxictr_peer", "--data", folder, "--seed", seed, "--out", out, *options]
+        subprocess.run([str(part) for part in command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        result = json.loads(out.read_text())
+    return {
+        "auc": result["test"]["auc"],
+        "log_loss": result["test"]["logloss"],
+        "valid_auc": result["valid"]["auc"],
+        "best_epoch": result["best_epoch"],
+    }
+
+
+def _toml(tables: list[dict[str, str]]) -> str:
+    return "[" + ", ".join("{" + ", ".join(f'{k} = "{v}"' for k, v in t.items()) + "}" for t in tables) + "]"
+
+
+def _seconds(text: str) -> float:
+    units = {"s": 1, "m": 60, "h": 3600}
+    return float(text[:-1]) * units[text[-1]] if text[-1] in units else float(text)
+
+
+if __name__ == "__main__":
+    main()

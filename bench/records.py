@@ -1,0 +1,98 @@
+"""Records of measurements: one JSON line per (configuration, seed), keyed by configuration and commit."""
+
+import hashlib
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "records"
+CODE = ("base", "features", "recsys")
+"""What a result depends on: the commit of a record is the last one that touched these."""
+
+
+def commit() -> str:
+    """Short hash of the last commit that touched the measured code, `+` if it has changed since."""
+    root = Path(__file__).parent.parent
+    last = _git(root, "log", "-1", "--format=%h", "--", *CODE)
+    return last + ("+" if _git(root, "status", "--porcelain", "--", *CODE) else "")
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Key of a configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One configuration to measure for several seeds."""
+
+    name: str
+    config: Mapping[str, Any]
+    seeds: int
+    measure: Callable[[int], Mapping[str, Any]]
+    """Seed to figures."""
+
+
+def run_jobs(file: Path, jobs: Sequence[Job], *, budget_seconds: float) -> None:
+    """Measure what is not recorded at this commit, seed by seed over all jobs, until the budget is spent."""
+    at, started = commit(), time.perf_counter()
+    done = {(r["config_hash"], r["seed"], r["commit"]) for r in read(file)}
+    durations: dict[str, float] = {}
+    waiting = [(seed, job) for seed in range(1, max(j.seeds for j in jobs) + 1) for job in jobs if seed <= job.seeds]
+    waiting = [(s, j) for s, j in waiting if (config_hash(j.config), s, at) not in done]
+    for i, (seed, job) in enumerate(waiting):
+        spent = time.perf_counter() - started
+        if spent + durations.get(job.name, 0) > budget_seconds:
+            print(f"{job.name} seed {seed}: left out, the budget of {budget_seconds:.0f} s would not suffice")
+            continue
+        begun = time.perf_counter()
+        figures = job.measure(seed)
+        durations[job.name] = time.perf_counter() - begun
+        record = {"name": job.name, "config_hash": config_hash(job.config), "commit": at, "seed": seed}
+        append(file, {**record, "config": job.config, "seconds": round(durations[job.name], 1), **figures})
+        eta = sum(durations.get(j.name, durations[job.name]) for _, j in waiting[i + 1 :])
+        shown = ", ".join(f"{k} {v:.5f}" for k, v in figures.items() if isinstance(v, float))
+        print(
+            f"[{i + 1}/{len(waiting)}] {job.name} seed {seed}: {shown} ({durations[job.name]:.0f} s, ETA {eta:.0f} s)",
+            flush=True,
+        )
+
+
+def append(file: Path, record: Mapping[str, Any]) -> None:
+    """Add one line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lines:
+        lines.write(json.dumps(record, sort_keys=True) + "\n")
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """All records, oldest first; none if there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def summary(file: Path, names: Iterable[str], figures: Sequence[str]) -> list[dict[str, Any]]:
+    """Per name: mean and standard deviation over the seeds of the newest configuration and commit recorded for it."""
+    records = read(file)
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        mine = [r for r in records if r["name"] == name]
+        if not mine:
+            continue
+        newest = (mine[-1]["config_hash"], mine[-1]["commit"])
+        mine = [r for r in mine if (r["config_hash"], r["commit"]) == newest]
+        row: dict[str, Any] = {"name": name, "n": len(mine), "commit": newest[1]}
+        for figure in figures:
+            values = [r[figure] for r in mine]
+            row[figure] = statistics.mean(values)
+            row[f"{figure}_sd"] = statistics.stdev(values) if len(values) > 1 else float("nan")
+        rows.append(row)
+    return rows
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout.strip()

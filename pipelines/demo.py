@@ -1,0 +1,82 @@
+"""demo: the main job on the synthetic log, seven days in, published scores and a report out."""
+
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import polars as pl
+
+from base.config import load_config
+from features.readers.synthetic import SyntheticConfig
+from features.split import days_of
+from pipelines.config import Run
+from pipelines.evaluate import evaluate, evaluation_of
+from pipelines.generate import generate
+from pipelines.prepare import prepare
+from pipelines.progress import Ticker
+from pipelines.promote import promote
+from pipelines.report import report
+from pipelines.score import score
+from pipelines.text import aligned
+from pipelines.train import train
+from recsys.metrics import headline
+
+DAYS = "2026-03-01..2026-03-07"
+BASELINES = ("lr", "fm")
+
+
+def demo(output: Path, rows: int) -> None:
+    """Generate, prepare, train two baselines and AutoInt, evaluate, promote, score, report; print what came out."""
+    started = time.perf_counter()
+    file = Path(str(files("pipelines") / "runs" / "demo.toml"))
+    settings = [f'output="{output}"', f'data.path="{output}/logs/day=*/*.parquet"']
+    main_run = load_config(Run, file, settings)
+    runs = [load_config(Run, file, [*settings, f'model={{ name = "{name}" }}']) for name in BASELINES] + [main_run]
+
+    _step("generate", "seven days of impressions whose click probabilities are known")
+    generate(SyntheticConfig(rows_per_day=rows), days_of(DAYS), output / "logs", overwrite=True)
+    _step("prepare", "vocabularies and scales from days 1 to 5; examples of days 1 to 6")
+    prepare(main_run, overwrite=True)
+    for run in runs:
+        _step("train", f"{run.model.name}, on days 1 to 5, stopping by day 6")
+        ticker = Ticker(run.model.name)
+        train(run, on_step=ticker.on_step)
+        ticker.close()
+        evaluate(run)
+    _step("promote", "the challenger against the champion, on the raw rows of day 7")
+    verdict = promote(main_run)
+    print("promoted" if verdict.promoted else "not promoted", *verdict.reasons, sep="\n  ")
+    _step("score", "day 7 by the champion")
+    ticker = Ticker("score")
+    scoring = time.perf_counter()
+    published = score(main_run, overwrite=True, on_rows=ticker.on_rows)
+    scoring = time.perf_counter() - scoring
+    ticker.close()
+    _step("report", "what was learned, as one page")
+    page = report(main_run)
+
+    print(f"\n{_table(runs)}\n")
+    scored = sum(pl.scan_parquet(p / "part-*.parquet").select(pl.len()).collect().item() for p in published)
+    print(f"scores   {published[-1]}  ({scored:,} rows, {scored / scoring:,.0f} rows/s)")
+    print(f"report   {page.absolute()}")
+    print(f"MLflow   .venv/bin/mlflow ui --backend-store-uri {main_run.tracking_uri}")
+    print(f"all in {time.perf_counter() - started:.0f} s")
+
+
+def _table(runs: list[Run]) -> str:
+    rows = [["model", "measured on", "AUC", "log loss", "NE", "rows/s in training"]]
+    for run in runs:
+        _, metrics, _ = evaluation_of(run)
+        for output in (f"p_{label}" for label in run.labels):
+            rows.append([run.model.name, "day 7", *_figures(headline(metrics, output)), f"{_speed(run):,.0f}"])
+    for label, column in runs[-1].evaluate.truth.items():
+        rows.append([f"noise floor of {label}", "day 7", *_figures(headline(evaluation_of(runs[-1])[1], column)), "-"])
+    return aligned(rows)
+
+
+def _figures(metrics: dict[str, float]) -> list[str]:
+    return [f"{metrics[name]:.4f}" for name in ("auc", "log_loss", "normalized_entropy")]
+
+
+def _step(verb: str, what: str) -> None:
+    print(f"\n== {verb}: {what}", flush=True)

@@ -1,0 +1,293 @@
+"""The report's figures, each an SVG drawn by matplotlib; nothing here keeps state or reads a run.
+
+Text stays text and colours can become CSS variables, so that one drawing serves light and dark pages alike.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import matplotlib
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+
+# Model and truth are Okabe and Ito's blue and vermilion, which colour-blind eyes tell apart.
+INK, MUTED, LINE, PAPER = "#1b1f24", "#626b76", "#d5dae0", "#fffffe"
+MODEL, TRUTH = "#0072b2", "#d55e00"
+_VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--card", MODEL: "--model", TRUTH: "--truth"}
+
+SIDE = 4.6
+"""Width of a figure in inches: two stand side by side on a desk, one fills a phone, and the text is legible on both."""
+
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a value may hold a dollar sign
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.facecolor": "none",
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.8,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure."""
+
+    name: str
+    """Of its file, without the ending."""
+    text: str
+    """What it shows, for those who do not see it."""
+    svg: str
+    """A document of its own."""
+
+    @property
+    def inline(self) -> str:
+        """As part of a page: sized by it, in its colours, with nothing that points outside."""
+        body = self.svg[self.svg.index("<svg") :]
+        body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
+        body = re.sub(r' xmlns(:\w+)?="[^"]*"', "", body).replace("xlink:href", "href")
+        for colour, variable in _VARIABLES.items():
+            body = body.replace(colour, f"var({variable})")
+        # Names that nothing refers to would be repeated from figure to figure.
+        used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', body))
+        body = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", body)
+        box = re.search(r'viewBox="0 0 ([\d.]+) ', body)
+        least = round(float(box[1]) * 0.95) if box else 300  # below it letters would be too small: scroll instead
+        head = f'<svg role="img" aria-label="{escape(self.text)}" style="min-width:{least}px" viewBox'
+        return re.sub(r"<svg[^>]*?viewBox", lambda _: head, body, count=1)
+
+
+def _plot(name: str, text: str, height: float, draw: Callable[[Figure, Axes], None], width: float = SIDE) -> Plot:
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        # The reader's browser draws the letters, so matplotlib's own font need not have them.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure, figure.subplots())
+        written = io.StringIO()
+        figure.savefig(written, format="svg", metadata={"Date": None})
+    return Plot(name, text, written.getvalue())
+
+
+def short(value: str, length: int = 18) -> str:
+    """A value as a label: printable and not long."""
+    clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in value)
+    return clean if len(clean) <= length else f"{clean[: length - 1]}…"
+
+
+# Curves
+
+
+def epochs(name: str, quantity: str, lines: Mapping[str, Sequence[float]], best: int) -> Plot:
+    """A quantity after each epoch; the first line is validation, further ones are drawn grey. `best` counts from 1."""
+
+    def draw(_: Figure, axes: Axes) -> None:
+        for i, (label, values) in enumerate(lines.items()):
+            style = {"color": MUTED, "linestyle": "--"} if i else {"color": MODEL}
+            axes.plot(range(1, len(values) + 1), values, marker="o", markersize=4.5, label=label, **style)
+        first = next(iter(lines.values()))
+        axes.axvline(best, color=TRUTH, linewidth=1, linestyle=":", label=f"best epoch: {best}")
+        axes.plot(best, first[best - 1], "o", markersize=9, color=MODEL, markeredgecolor=TRUTH, markeredgewidth=1.6)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlim(0.6, len(first) + 0.4)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(quantity)
+        axes.margins(y=0.12)
+        _legend_above(axes)
+
+    return _plot(name, f"{quantity} by epoch", 2.9, draw)
+
+
+def roc(name: str, curve: pl.DataFrame, truth: pl.DataFrame | None) -> Plot:
+    """The ROC curve, and that of the known truth."""
+
+    def draw(_: Figure, axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle="--", label="guessing")
+        if truth is not None:
+            axes.plot(truth["fpr"], truth["tpr"], color=TRUTH, linewidth=1.5, label="known truth")
+        axes.plot(curve["fpr"], curve["tpr"], color=MODEL, label="model")
+        axes.set_xlabel("share of the negatives above the threshold")
+        axes.set_ylabel("share of the positives above it")
+        axes.set_xlim(-0.01, 1.01)
+        axes.set_ylim(-0.01, 1.01)
+        _legend_above(axes)
+
+    return _plot(name, "ROC curve", 3.9, draw)
+
+
+def calibration(name: str, curve: pl.DataFrame) -> Plot:
+    """Mean label against mean prediction of equal shares of the rows, with 95 % intervals."""
+    predicted, observed = curve["mean_predicted"].to_numpy(), curve["mean_observed"].to_numpy()
+    error = 1.96 * np.sqrt(observed * (1 - observed) / curve["count"].to_numpy())
+    top = max(predicted.max(), (observed + error).max()) * 1.05
+
+    def draw(_: Figure, axes: Axes) -> None:
+        axes.plot([0, top], [0, top], color=MUTED, linewidth=1, linestyle="--", label="calibrated")
+        axes.errorbar(predicted, observed, yerr=error, color=MODEL, linewidth=1, elinewidth=1.2, marker="o",
+                      markersize=4, label="model, 95 % interval")  # fmt: skip
+        axes.set_xlabel("predicted probability, mean of the bin")
+        axes.set_ylabel("share of positives in the bin")
+        axes.set_xlim(0, top)
+        axes.set_ylim(0, top)
+        _legend_above(axes)
+
+    return _plot(name, "Calibration curve", 3.9, draw)
+
+
+def histogram(name: str, label: str, scores_N: NDArray[Any], labels_N: NDArray[np.bool_]) -> Plot:
+    """How scores are distributed among positives and among negatives."""
+    top = float(np.quantile(scores_N, 0.999)) or 1.0
+    edges = np.linspace(0, top, 51)
+
+    def draw(_: Figure, axes: Axes) -> None:
+        for value, colour in ((0, MUTED), (1, MODEL)):
+            inside_N = np.clip(scores_N[labels_N == value], 0, top)
+            share, _ = np.histogram(inside_N, edges)
+            share = share / max(inside_N.size, 1)
+            axes.stairs(share, edges, color=colour, fill=True, alpha=0.25)
+            axes.stairs(share, edges, color=colour, linewidth=1.5, label=f"{short(label)} = {value}")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}" if y < 0.0995 else f"{y:.2f}"))
+        axes.set_xlabel("predicted probability")
+        axes.set_ylabel("share of the rows with this label")
+        axes.set_xlim(0, top)
+        axes.set_ylim(bottom=0)
+        _legend_above(axes)
+
+    return _plot(name, f"Distribution of predicted probabilities by {label}", 2.9, draw)
+
+
+# By value
+
+
+def dots(
+    name: str,
+    quantity: str,
+    labels: Sequence[str],
+    counts: Sequence[int],
+    values: ArrayLike,
+    errors: ArrayLike,
+    *,
+    truth: ArrayLike | None = None,
+    reference: tuple[str, float],
+) -> Plot:
+    """One value per line with its 95 % interval, the number of rows at the right; `reference` is a vertical line."""
+    places = np.arange(len(labels))
+
+    def draw(_: Figure, axes: Axes) -> None:
+        axes.axvline(reference[1], color=MUTED, linewidth=1, linestyle="--", label=reference[0])
+        if truth is not None:
+            axes.plot(truth, places, linestyle="", marker="D", markersize=5, color=TRUTH, label="known truth")
+        axes.errorbar(np.asarray(values), places, xerr=np.asarray(errors), linestyle="", marker="o", markersize=5.5,
+                      elinewidth=1.2, color=MODEL, label="model, 95 % interval")  # fmt: skip
+        axes.set_yticks(places, [short(label) for label in labels])
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.margins(x=0.08)
+        for place, count in zip(places, counts, strict=True):
+            axes.text(1.03, place, f"{count:,}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+        axes.text(1.03, -0.75, "rows", transform=axes.get_yaxis_transform(), va="bottom", fontsize=8, color=MUTED)
+        axes.set_xlabel(quantity)
+        _legend_above(axes)
+
+    return _plot(name, f"{quantity} by value", 1.15 + 0.24 * len(labels), draw)
+
+
+def heat(
+    name: str,
+    text: str,
+    matrix: NDArray[np.float64],
+    rows: tuple[str, Sequence[str]],
+    columns: tuple[str, Sequence[str]],
+    *,
+    span: tuple[float, float],
+    quantity: str,
+    written: Callable[[float], str] | None = None,
+) -> Plot:
+    """A heat map; `rows` and `columns` are the axis' name and its labels. Colours diverge where `span` holds 0 inside.
+
+    `written` puts the values into the cells.
+    """
+    low, high = span
+    colours = matplotlib.colormaps["RdBu_r" if low < 0 < high else "Blues"]
+    height, width = matrix.shape
+
+    def draw(figure: Figure, axes: Axes) -> None:
+        axes.grid(visible=False)
+        axes.set_facecolor(LINE)  # seen where a cell is empty
+        mesh = axes.pcolormesh(np.ma.masked_invalid(matrix), cmap=colours, vmin=low, vmax=high, edgecolors=PAPER, lw=0.6)
+        axes.invert_yaxis()
+        axes.set_xticks(np.arange(width) + 0.5, [short(v, 14) for v in columns[1]], rotation=50, ha="right",
+                        rotation_mode="anchor")  # fmt: skip
+        axes.set_yticks(np.arange(height) + 0.5, [short(v, 14) for v in rows[1]])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel(columns[0])
+        axes.set_ylabel(rows[0])
+        bar = figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.02, aspect=28)
+        bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+        bar.set_label(quantity)
+        if written is not None:
+            for i, j in np.argwhere(np.isfinite(matrix)):
+                dark = (matrix[i, j] - low) / (high - low or 1) > 0.55
+                colour = "#ffffff" if dark else "#000000"  # on the cell, whatever the page's colours
+                axes.text(j + 0.5, i + 0.5, written(matrix[i, j]), ha="center", va="center", color=colour, fontsize=6.5)
+
+    cell = 0.25 if height <= 16 else 0.19
+    return _plot(name, text, 1.25 + cell * height, draw, width=max(SIDE, 1.7 + 0.19 * width))
+
+
+def scatter(
+    name: str, text: str, x: NDArray[Any], y: NDArray[Any], rows: NDArray[Any], xlabel: str, ylabel: str
+) -> Plot:
+    """A dot per cell, its area by its rows, and the line on which both are equal."""
+    reach = 1.08 * float(np.nanmax(np.abs(np.concatenate([x, y, [1e-3]]))))
+
+    def draw(_: Figure, axes: Axes) -> None:
+        axes.plot([-reach, reach], [-reach, reach], color=MUTED, linewidth=1, linestyle="--", label="equal")
+        axes.axhline(0, color=LINE, linewidth=1)
+        axes.axvline(0, color=LINE, linewidth=1)
+        area = 8 + 90 * rows / max(rows.max(), 1)
+        axes.scatter(x, y, s=area, color=MODEL, alpha=0.6, linewidths=0, label="one cell; area: its rows")
+        axes.set_xlim(-reach, reach)
+        axes.set_ylim(-reach, reach)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        _legend_above(axes)
+
+    return _plot(name, text, 3.9, draw)
+
+
+def _legend_above(axes: Axes) -> None:
+    """Outside the data, whatever the data are."""
+    columns = min(3, len(axes.get_legend_handles_labels()[1]))
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, handlelength=1.6, columnspacing=1.2)
