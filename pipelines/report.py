@@ -1,0 +1,639 @@
+"""report: the last evaluation as one page for a person, published beside the model and logged to MLflow."""
+
+import math
+import platform
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import mlflow
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+
+from base.errors import ArtefactError
+from base.storage import dump_json, is_published, publish, read_manifest, resolve
+from features.schema import Output
+from features.source import REASON
+from features.transforms import UNKNOWN
+from pipelines import plots
+from pipelines.config import Run
+from pipelines.evaluate import evaluation_of, held_out
+from pipelines.plots import Plot
+from pipelines.train import registry_of
+from recsys import metrics
+from recsys.bundle import Bundle
+from recsys.data import batches, to_columns
+from recsys.models.autoint import AutoInt
+
+SAMPLE_ROWS = 20_000
+"""Held-out raw rows, spread evenly, on which attention and unknown ids are counted."""
+
+LEVELS = 12
+"""Values drawn on each axis of a pair of columns."""
+
+_METRICS = {
+    "auc": ("AUC", ".4f", "positives ranked above negatives; 0.5 is guessing, 1 is perfect"),
+    "log_loss": ("log loss", ".4f", "surprise per row, in nats; less is better"),
+    "normalized_entropy": ("NE", ".4f", "log loss over that of always predicting the mean; below 1 is useful"),
+    "calibration_ratio": ("calibration", ".3f", "predicted over observed positives; 1 is right"),
+    "ece": ("ECE", ".4f", "how far probabilities are off, on average; 0 is right"),
+    "user_auc": ("user AUC", ".4f", "AUC within one user's rows, averaged over users"),
+}
+
+
+def report(run: Run) -> Path:
+    """Write the page of the run's evaluation on its test rows; returns where it is published.
+
+    Raises ArtefactError if there is no evaluation, or it is of another bundle or other columns than the run's.
+    """
+    facts = _gather(run)
+    registry = registry_of(run)
+    run_id = registry.run_of_training(facts.bundle.version)
+    with registry.run(run_id) as active:
+        drawn: list[Plot] = []
+        sections = [_heading(facts, _registered(run, active.info.run_id)), _how_it_learned(facts, drawn)]
+        sections += [_quality(facts, output, drawn) for output in facts.bundle.outputs]
+        sections += [_slices(facts, drawn), _attention(facts, drawn), *_pairs(facts, drawn), _made_of(facts)]
+        page = _page(facts, [s for s in sections if s])
+        with publish(run.report_path, "report", overwrite=True, keep=3) as staging:
+            (staging / "index.html").write_text(page, encoding="utf-8")
+            for plot in drawn:
+                (staging / f"plots/{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
+            staging.about.update(bundle=facts.bundle.version)
+        folder = resolve(run.report_path)
+        mlflow.log_artifact(str(folder / "index.html"), "report")
+        mlflow.log_artifacts(str(folder / "plots"), "plots")
+    return run.report_path / "index.html"
+
+
+# --- what it is made from --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """Everything the sections read."""
+
+    run: Run
+    bundle: Bundle
+    scored: pl.DataFrame
+    table: pl.DataFrame
+    """The metrics, as `metrics.evaluate` gives them."""
+    sample: pl.DataFrame
+    """Examples: up to SAMPLE_ROWS held-out rows as the model sees them."""
+
+    def truth_of(self, output: Output) -> str | None:
+        """The column of the output's known probability."""
+        return self.run.evaluate.truth.get(output.label)
+
+
+def _gather(run: Run) -> _Facts:
+    target = run.evaluation_path("test")
+    if not is_published(target):
+        raise ArtefactError(f"{target}: there is no evaluation yet; run `recsys evaluate` first")
+    scored, table, folder = evaluation_of(run)
+    bundle = Bundle.load(run.bundle_path)
+    measured = read_manifest(folder).about.get("bundle")
+    if measured != bundle.version:
+        raise ArtefactError(
+            f"{target}: is of bundle {measured}, but the run's bundle is {bundle.version}; run `recsys evaluate` again"
+        )
+    wanted = {*run.evaluate.truth.values(), *(column for pair in run.evaluate.pairs for column in pair)}
+    missing = sorted(wanted - set(scored.columns) | set(run.evaluate.slices) - set(table["slice"]))
+    if missing:
+        raise ArtefactError(
+            f"{target}: was measured without {missing[0]!r}, which [evaluate] names now; run `recsys evaluate` again"
+        )
+    return _Facts(run, bundle, scored, table, _sample(run, bundle, scored.height))
+
+
+def _sample(run: Run, bundle: Bundle, rows: int) -> pl.DataFrame:
+    raw = [run.source.checked(p).filter(pl.col(REASON).is_null()).select(bundle.inputs) for p in held_out(run, None)]
+    every = max(1, math.ceil(rows / SAMPLE_ROWS))
+    return bundle.features.transform(pl.concat(raw).gather_every(every)).collect()
+
+
+def _registered(run: Run, run_id: str) -> str:
+    """Name and number of the registered version; not its alias, which the next promotion may move."""
+    found = mlflow.search_model_versions(filter_string=f"run_id = '{run_id}'")
+    numbers = [str(v.version) for v in found if v.name == run.mlflow.model]
+    return f"{run.mlflow.model} version {numbers[0]}" if numbers else f"{run.mlflow.model}, no version of this bundle"
+
+
+# --- sections --------------------------------------------------------------------------------------------------------
+
+
+class Html(str):
+    """Text that is markup already; any other text is escaped when it enters a page."""
+
+
+def _tag(name: str, *children: "str | Html", kind: str = "") -> Html:
+    inside = "".join(c if isinstance(c, Html) else escape(c) for c in children)
+    return Html(f'<{name} class="{kind}">{inside}</{name}>' if kind else f"<{name}>{inside}</{name}>")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, kind: str = "") -> Html:
+    """The first `left` columns hold text, the others numbers."""
+
+    def line(cell: str, values: Sequence[str]) -> Html:
+        return _tag("tr", *(_tag(cell, v, kind="" if i < left else "number") for i, v in enumerate(values)))
+
+    body = _tag("tbody", *(line("td", row) for row in rows))
+    return _tag("div", _tag("table", _tag("thead", line("th", head)), body, kind=kind), kind="scroll")
+
+
+def _details(summary: str, *children: Html) -> Html:
+    return _tag("details", _tag("summary", summary), *children)
+
+
+def _figure(drawn: list[Plot], plot: Plot, title: str, caption: str = "", *, kind: str = "") -> Html:
+    drawn.append(plot)
+    said = _tag("figcaption", _tag("b", title), f". {caption}" if caption else "")
+    return _tag("figure", said, _tag("div", Html(plot.inline)), kind=kind)
+
+
+def _figures(*figures: Html) -> Html:
+    return _tag("div", *figures, kind="figures")
+
+
+def _page(facts: _Facts, sections: Sequence[Html]) -> str:
+    frame = Template((files("pipelines") / "report.html").read_text(encoding="utf-8"))
+    title = f"{_name(facts.run)}, bundle {facts.bundle.version}"
+    return frame.substitute(title=escape(title), body="\n".join(sections))
+
+
+def _name(run: Run) -> str:
+    return run.name or run.model.name
+
+
+def _heading(facts: _Facts, registered: str) -> Html:
+    partitions = held_out(facts.run, None)
+    span = partitions[0] if len(partitions) == 1 else f"{partitions[0]} to {partitions[-1]}"
+    model = "" if _name(facts.run) == facts.run.model.name else f"{facts.run.model.name}, "
+    return _tag(
+        "header",
+        _tag("h1", f"{_name(facts.run)} on {span}"),
+        _tag(
+            "p",
+            f"{model}bundle ",
+            _tag("code", facts.bundle.version),
+            f", registered as {registered}. Measured on {facts.scored.height:,} held-out rows of ",
+            _tag("code", facts.run.data.path),
+            f", {', '.join(partitions)}.",
+        ),
+    )
+
+
+def _how_it_learned(facts: _Facts, drawn: list[Plot]) -> Html:
+    history, best = facts.bundle.metrics.get("history", []), int(facts.bundle.metrics.get("best_epoch", 0))
+    if not history or not best:
+        return Html()
+    outputs = facts.bundle.outputs
+    train_loss = {"training": [entry["train_loss"] for entry in history]}
+    figures: list[Html] = []
+    for output in outputs:
+        loss, auc = ([entry[f"{output.name}.{metric}"] for entry in history] for metric in ("log_loss", "auc"))
+        # With several outputs the training loss is their sum, or something else again, and gets a figure of its own.
+        beside = train_loss if len(outputs) == 1 else {}
+        losses = plots.epochs(f"epochs-{output.name}-loss", "log loss", {"validation": loss, **beside}, best)
+        ranks = plots.epochs(f"epochs-{output.name}-auc", "AUC", {"validation": auc}, best)
+        figures += [_figure(drawn, losses, f"Log loss, {output.name}"), _figure(drawn, ranks, f"AUC, {output.name}")]
+    if len(outputs) > 1:
+        figures.append(_figure(drawn, plots.epochs("epochs-loss", "training loss", train_loss, best), "Training loss"))
+    return _tag(
+        "section",
+        _tag("h2", "How it learned"),
+        _tag("p", f"The weights kept are those of epoch {best} of {len(history)}, the best on the validation rows. "
+             "Where validation turns and training goes on, the model has begun to learn rows by heart."),
+        _figures(*figures),
+    )  # fmt: skip
+
+
+# Quality
+
+
+def _quality(facts: _Facts, output: Output, drawn: list[Plot]) -> Html:
+    found = metrics.headline(facts.table, output.name)
+    truth = facts.truth_of(output)
+    floor = metrics.headline(facts.table, truth) if truth else None
+    known = facts.scored.filter(pl.col(output.label).is_not_null())
+    labels_N, scores_N = known[output.label].to_numpy() == 1, known[output.name].to_numpy()
+    numbers: list[list[str]] = []
+    for metric, (title, form, meaning) in _METRICS.items():
+        if metric in found:
+            beside = [] if floor is None else [_tag("span", _number(floor[metric], form), kind="truth")]
+            numbers.append([title, _number(found[metric], form), *beside, meaning])
+    head = ["", "model", *([] if floor is None else ["known truth"]), ""]
+    figures: list[Html] = []
+    if 0 < found["positives"] < found["rows"]:
+        of_truth = metrics.roc_curve(known[output.label], known[truth]) if truth else None
+        curve = metrics.roc_curve(labels_N, scores_N)
+        figures.append(_figure(drawn, plots.roc(f"{output.name}-roc", curve, of_truth), "Ranking", "ROC curve."))
+    if found["rows"]:
+        bins = metrics.calibration_curve(labels_N, scores_N)
+        spread = plots.histogram(f"{output.name}-scores", output.label, scores_N, labels_N)
+        figures += [
+            _figure(drawn, plots.calibration(f"{output.name}-calibration", bins), "Calibration",
+                    f"{bins.height} bins of equally many rows; on the line, probabilities are right."),
+            _figure(drawn, spread, "Separation", "The further apart, the better the model tells them apart."),
+        ]  # fmt: skip
+    return _tag(
+        "section",
+        _tag("h2", f"Quality of {output.name}, the probability of {output.label} = 1"),
+        *(_tag("p", sentence) for sentence in _reading(output, found, floor)),
+        _headline_table(head, numbers),
+        _tag("p", f"{found['rows']:,.0f} rows, {found['positives']:,.0f} of them positive"
+             f"{_share(found['positives'], found['rows'])}."
+             + ("" if floor is None else " Known truth is the true probability of every row, measured alike: the noise"
+                " floor that no model can beat but by luck."), kind="note"),
+        _figures(*figures),
+    )  # fmt: skip
+
+
+def _headline_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
+    last = len(head) - 1
+
+    def line(cell: str, values: Sequence[str]) -> Html:
+        return _tag("tr", *(_tag(cell, v, kind="number" if 0 < i < last else "") for i, v in enumerate(values)))
+
+    body = _tag("tbody", *(line("td", row) for row in rows))
+    return _tag("div", _tag("table", _tag("thead", line("th", head)), body, kind="headline"), kind="scroll")
+
+
+def _reading(output: Output, found: dict[str, float], floor: dict[str, float] | None) -> Iterator[str]:
+    """The numbers in words."""
+    auc, ne, ratio, ece = (found[m] for m in ("auc", "normalized_entropy", "calibration_ratio", "ece"))
+    if not math.isfinite(auc) or not math.isfinite(ne):
+        yield f"The rows hold only one value of {output.label}, so that there is nothing to rank."
+        return
+    possible = "" if floor is None else f"; knowing the true probabilities would give {floor['auc']:.1%}"
+    ranking = f"A positive row is ranked above a negative one in {auc:.1%} of cases (50% is guessing{possible})."
+    gain = f"Always predicting the mean rate has a log loss that is {1 - ne:.1%} reduced by the model"
+    gain = f"The model's log loss is {abs(1 - ne):.1%} {'below' if ne < 1 else 'above'} that of always predicting the mean"
+    if floor is not None and floor["normalized_entropy"] < 1:
+        learnable = 1 - floor["normalized_entropy"]
+        gain += f", where {learnable:.1%} is possible: it has learned {(1 - ne) / learnable:.0%} of what can be learned"
+    yield f"{ranking} {gain}."
+    more = "more" if ratio > 1 else "fewer"
+    yield (
+        f"It predicts {abs(ratio - 1):.1%} {more} positives than there were, "
+        f"and its probabilities are off by {100 * ece:.2g} percentage points on average."
+    )
+
+
+# Slices
+
+
+def _slices(facts: _Facts, drawn: list[Plot]) -> Html:
+    columns = dict.fromkeys(facts.run.evaluate.slices)
+    if not columns:
+        return Html()
+    parts: list[Html] = []
+    for output in facts.bundle.outputs:
+        for column in columns:
+            parts += _slice(facts, output, column, drawn)
+    return _tag(
+        "section",
+        _tag("h2", "Where it is good, and where it is not"),
+        _tag("p", "Each value of a column measured by itself. Bars are 95% intervals: of values with few rows the "
+             "metrics say little."),
+        *parts,
+    )  # fmt: skip
+
+
+def _slice(facts: _Facts, output: Output, column: str, drawn: list[Plot]) -> list[Html]:
+    here = facts.table.filter(pl.col("slice") == column)
+    found = here.filter(pl.col("output") == output.name)
+    truth = facts.truth_of(output)
+    floor = here.filter(pl.col("output") == truth) if truth else None
+    whole = metrics.headline(facts.table, output.name)
+    values, rows = found["value"].to_list(), found["rows"].to_list()
+    auc = plots.dots(
+        f"{output.name}-auc-by-{_file_name(column)}",
+        "AUC",
+        values,
+        rows,
+        found["auc"],
+        1.96 * _auc_error(found),
+        truth=None if floor is None else floor["auc"],
+        reference=("all rows", whole["auc"]),
+    )
+    ratio = plots.dots(
+        f"{output.name}-calibration-by-{_file_name(column)}",
+        "predicted / observed positives",
+        values,
+        rows,
+        [r if math.isfinite(r) else math.nan for r in found["calibration_ratio"]],
+        1.96 * _ratio_error(found),
+        reference=("right", 1.0),
+    )
+    numbers = [
+        [r["value"], f"{r['rows']:,}", f"{r['positives']:,}"]
+        + [_number(r[m], form) for m, (_, form, _) in _METRICS.items()]
+        for r in found.iter_rows(named=True)
+    ]
+    head = [column, "rows", "positives", *(title for title, _, _ in _METRICS.values())]
+    return [
+        _tag("h3", f"{output.name} by {column}"),
+        _figures(_figure(drawn, auc, "Ranking"), _figure(drawn, ratio, "Calibration")),
+        _details("All numbers", _table(head, numbers)),
+    ]
+
+
+def _auc_error(found: pl.DataFrame) -> NDArray[np.float64]:
+    """Standard error of each AUC (Hanley and McNeil 1982, Radiology 143, eq. 2)."""
+    auc, positives = found["auc"].to_numpy(), found["positives"].to_numpy()
+    negatives = found["rows"].to_numpy() - positives
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (positives - 1) * (q1 - auc**2) + (negatives - 1) * (q2 - auc**2)
+    return np.sqrt(np.maximum(variance, 0) / np.maximum(positives * negatives, 1))
+
+
+def _ratio_error(found: pl.DataFrame) -> NDArray[np.float64]:
+    """Standard error of predicted over observed positives, the observed ones being a binomial count."""
+    ratio, positives, rows = (found[c].to_numpy() for c in ("calibration_ratio", "positives", "rows"))
+    relative = np.sqrt((1 - positives / np.maximum(rows, 1)) / np.maximum(positives, 1))
+    return np.where(positives > 0, ratio, 0.0) * relative
+
+
+# Attention
+
+
+def _attention(facts: _Facts, drawn: list[Plot]) -> Html:
+    if not isinstance(facts.bundle.model, AutoInt):
+        return Html()
+    fields, a_LFK = facts.bundle.schema.fields, _attention_map(facts, facts.bundle.model)
+    mean_FK = a_LFK.mean(axis=0)
+    even = 1 / len(fields)
+    top = float(a_LFK.max())
+
+    def heat(name: str, title: str, a_FK: NDArray[np.float64], *, caption: str = "", kind: str = "") -> Html:
+        written = (lambda v: f"{100 * v:.0f}") if len(fields) <= 16 else None
+        drawing = plots.heat(
+            name, title, a_FK, ("this field ...", fields), ("... attends to this one", fields),
+            span=(0.0, top), quantity="share of attention", written=written,
+        )  # fmt: skip
+        return _figure(drawn, drawing, title, caption, kind=kind)
+
+    caption = f"Percent, lines add up to 100; even attention would be {even:.1%} everywhere."
+    whole = heat("attention", "All layers and heads", mean_FK, caption=caption, kind="wide")
+    by_layer = [heat(f"attention-layer-{i + 1}", f"Layer {i + 1}", a_FK) for i, a_FK in enumerate(a_LFK)]
+    return _tag(
+        "section",
+        _tag("h2", "Which fields attend to which"),
+        _tag("p", f"Mean over {facts.sample.height:,} held-out rows. Attention describes how the model mixes its "
+             "fields, not what causes clicks nor by how much a pair matters; beyond the first layer a field already "
+             "carries others."),
+        whole,
+        _figures(*by_layer) if len(by_layer) > 1 else Html(),
+        *_largest(facts, mean_FK),
+    )  # fmt: skip
+
+
+def _attention_map(facts: _Facts, model: AutoInt) -> NDArray[np.float64]:
+    """a_LFK: mean over the sample's rows and over heads."""
+    columns = to_columns(facts.sample, facts.bundle.schema, labels=False)
+    fields = len(facts.bundle.schema.fields)
+    total_LFK = torch.zeros(len(model.layers), fields, fields, dtype=torch.float64)
+    model.eval()
+    with torch.no_grad():
+        for batch in batches(columns, 1024):  # L·H·F² numbers a row
+            total_LFK += model.attention(batch).double().mean(dim=2).sum(dim=1)
+    return (total_LFK / len(columns)).numpy()
+
+
+def _largest(facts: _Facts, mean_FK: NDArray[np.float64]) -> list[Html]:
+    fields = facts.bundle.schema.fields
+    both_FK = (mean_FK + mean_FK.T) / 2
+    first, second = np.triu_indices(len(fields), k=1)
+    order = np.argsort(-both_FK[first, second], kind="stable")
+    if not order.size:
+        return []
+    sources = {t.output: set(t.sources) for t in facts.bundle.features.recipe.transforms}
+    wanted = [set(pair) for pair in facts.run.evaluate.pairs]
+    rows: list[list[str]] = []
+    for rank, k in enumerate(order, start=1):
+        a, b = fields[first[k]], fields[second[k]]
+        is_wanted = any(len(p) == 2 and p == sources[a] | sources[b] for p in wanted)
+        if rank <= 10 or is_wanted:
+            share = both_FK[first[k], second[k]]
+            pair = _tag("span", f"{a} × {b}", _tag("b", " ◂ drawn below") if is_wanted else "")
+            rows.append([pair, f"{rank}", f"{share:.1%}", f"{share * len(fields):.2f}"])
+    return [
+        _tag("h3", "Largest interactions"),
+        _table(["pair of fields", f"rank of {order.size}", "mean attention", "times even"], rows),
+        _tag("p", "Mean of the attention in both directions. Pairs named in evaluate.pairs are listed whatever their "
+             "rank.", kind="note"),
+    ]  # fmt: skip
+
+
+# Pairs
+
+
+def _pairs(facts: _Facts, drawn: list[Plot]) -> list[Html]:
+    return [
+        _pair(facts, output, pair, drawn) for output in facts.bundle.outputs for pair in dict.fromkeys(facts.run.evaluate.pairs)
+    ]
+
+
+def _pair(facts: _Facts, output: Output, pair: tuple[str, str], drawn: list[Plot]) -> Html:
+    truth = facts.truth_of(output)
+    cells, shown = _cells(facts.scored, pair, output, truth)
+    if cells.is_empty():
+        return Html()
+    # The column with more values runs downwards, where its names have room.
+    down, across = sorted(pair, key=lambda c: cells[c].n_unique(), reverse=True) if pair[0] != pair[1] else pair
+    levels = [list(dict.fromkeys(cells.sort(f"order {c}")[c])) for c in (down, across)]
+
+    def matrix(column: str) -> NDArray[np.float64]:
+        found = np.full([len(v) for v in levels], np.nan)
+        for a, b, value in cells.select(down, across, column).iter_rows():
+            found[levels[0].index(a), levels[1].index(b)] = value
+        return found
+
+    rows = np.nan_to_num(matrix("rows"))
+    logits = [matrix("known"), matrix("model")]
+    joint = [_residual(m, rows) for m in logits]
+    rates = [matrix("known rate"), matrix("model rate")]
+    reach = max(float(np.nanmax(np.abs(joint))), 1e-6)
+    top = float(np.nanmax(rates))
+    base = f"{output.name}-{_file_name(down)}-{_file_name(across)}"
+    name = "planted truth" if truth else "observed"
+
+    def heat(which: int, what: str, m: NDArray[np.float64], span: tuple[float, float], quantity: str) -> Html:
+        title = (name.capitalize(), "What was learned" if truth else "Predicted")[which]
+        drawing = plots.heat(
+            f"{base}-{what}-{('known', 'model')[which]}", f"{title}: {quantity} by {down} and {across}", m,
+            (down, [str(v) for v in levels[0]]), (across, [str(v) for v in levels[1]]), span=span, quantity=quantity,
+        )  # fmt: skip
+        return _figure(drawn, drawing, title)
+
+    dots = plots.scatter(
+        f"{base}-scatter", f"Learned against {name}: interaction of {down} and {across}",
+        joint[0][rows > 0], joint[1][rows > 0], rows[rows > 0], f"{name} (log-odds)",
+        f"{'learned' if truth else 'predicted'} (log-odds)",
+    )  # fmt: skip
+    return _tag(
+        "section",
+        _tag("h2", f"{down} × {across}: {name} beside what was {'learned' if truth else 'predicted'}, {output.name}"),
+        _tag("p", f"The interaction: a cell's log-odds less what its {down} and its {across} explain by themselves. "
+             f"Over the cells, weighted by their rows, the correlation of {name} and {output.name} is ",
+             _tag("b", f"{_correlation(*joint, rows):.2f}"), f" for the interaction and "
+             f"{_correlation(*logits, rows):.2f} for the whole log-odds."),
+        _figures(*(heat(i, "interaction", m, (-reach, reach), "log-odds") for i, m in enumerate(joint)),
+                 _figure(drawn, dots, "Cell by cell", "On the line, the model has the interaction in full strength.")),
+        _details("The probabilities themselves",
+                 _figures(*(heat(i, "rate", m, (0.0, top), "mean probability") for i, m in enumerate(rates)))),
+        _tag("p", f"{shown:.0%} of the rows are shown: the {LEVELS} most frequent values of each column"
+             + ("." if truth else ", where log-odds come from counts of labels and carry their noise."), kind="note"),
+    )  # fmt: skip
+
+
+def _cells(
+    scored: pl.DataFrame, pair: tuple[str, str], output: Output, truth: str | None
+) -> tuple[pl.DataFrame, float]:
+    """Rows, rates and log-odds of each pair of frequent values, and the share of rows they cover.
+
+    Known probabilities are averaged as log-odds, in which effects add up; of labels only the count has log-odds.
+    """
+    table = scored.filter(pl.col(output.label).is_not_null())
+    whole = table.height
+    columns = list(dict.fromkeys(pair))
+    for column in columns:
+        sizes = table.group_by(column).len().sort("len", column, descending=[True, False], nulls_last=True)
+        kept = sizes.head(LEVELS)
+        numeric = scored[column].dtype.is_numeric()
+        kept = kept.sort(column, nulls_last=True) if numeric else kept  # numbers have an order of their own
+        order = kept.select(column, pl.int_range(pl.len()).alias(f"order {column}"))
+        table = table.join(order, on=column, how="inner", nulls_equal=True, maintain_order="left")
+    p = pl.col(output.name).cast(pl.Float64)
+    known = pl.col(truth or output.label).cast(pl.Float64)
+
+    def log_odds(value: pl.Expr) -> pl.Expr:
+        if truth is None:
+            return ((value.sum() + 0.5) / ((1 - value).sum() + 0.5)).log()
+        clipped = value.clip(metrics.CLIP, 1 - metrics.CLIP)
+        return (clipped / (1 - clipped)).log().mean()
+
+    cells = table.group_by(columns).agg(
+        *(pl.col(f"order {c}").first() for c in columns),
+        pl.len().alias("rows"),
+        known.mean().alias("known rate"),
+        p.mean().alias("model rate"),
+        log_odds(known).alias("known"),
+        log_odds(p).alias("model"),
+    )
+    named = cells.sort([f"order {c}" for c in columns])
+    named = named.with_columns(pl.col(c).cast(pl.String).fill_null(metrics.MISSING) for c in columns)
+    return named, table.height / max(whole, 1)
+
+
+def _residual(value: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What the best sum of a row effect and a column effect leaves over, by weighted least squares."""
+    height, width = value.shape
+    i, j = np.nonzero(weight > 0)
+    design = np.hstack([np.eye(height)[i], np.eye(width)[j]])
+    root = np.sqrt(weight[i, j])
+    effects = np.linalg.lstsq(design * root[:, None], value[i, j] * root, rcond=None)[0]
+    left = np.full(value.shape, np.nan)
+    left[i, j] = value[i, j] - design @ effects
+    return left
+
+
+def _correlation(x: NDArray[np.float64], y: NDArray[np.float64], weight: NDArray[np.float64]) -> float:
+    inside = weight > 0
+    x, y, weight = x[inside], y[inside], weight[inside]
+    x, y = x - np.average(x, weights=weight), y - np.average(y, weights=weight)
+    scale = math.sqrt(float((weight * x * x).sum() * (weight * y * y).sum()))
+    return float((weight * x * y).sum()) / scale if scale > 1e-12 else math.nan
+
+
+# What it is made of
+
+
+def _made_of(facts: _Facts) -> Html:
+    run, bundle = facts.run, facts.bundle
+    settings = [_details("The configuration it was trained with", _tag("pre", _settings(bundle.settings)))]
+    if (now := run.model_dump(mode="json")) != bundle.settings:
+        settings.append(_details("The run file now, which differs", _tag("pre", _settings(now))))
+    head = ["feature", "kind", "columns", "table rows", "unknown ids", "empty bags"]
+    return _tag(
+        "section",
+        _tag("h2", "What it is made of"),
+        _tag("h3", "Features"),
+        _table(head, list(_features(facts)), left=3),
+        _tag("p", f"Unknown: ids without a row of their own among {facts.sample.height:,} held-out rows, "
+             "whether new, rare or missing.", kind="note"),
+        _tag("h3", "Data"),
+        _table(["role", "partition", "sha256 of the raw files", "rows", "set aside"], _data(facts), left=3),
+        _tag("h3", "Versions"),
+        _tag("p", "This page was made with ", ", ".join(_versions()), "."),
+        _tag("h3", "Configuration"),
+        *settings,
+    )  # fmt: skip
+
+
+def _features(facts: _Facts) -> Iterator[list[str]]:
+    tables = {f.name: f for f in facts.bundle.schema.sparse}
+    for transform in facts.bundle.features.recipe.transforms:
+        name, rows, unknown, empty = transform.output, "", "", ""
+        if table := tables.get(name):
+            ids = facts.sample[name]
+            if table.multi:
+                empty = f"{(ids.list.len() == 0).mean() or 0:.1%}"
+                ids = ids.explode(empty_as_null=False, keep_nulls=False)
+            rows, unknown = f"{table.rows:,}", f"{(ids == UNKNOWN).mean() or 0:.1%}"
+        yield [name, transform.kind, ", ".join(transform.sources), rows, unknown, empty]
+
+
+def _data(facts: _Facts) -> list[list[str]]:
+    """Which raw files: from the examples' manifests, and for the test rows from the files as they are now."""
+    found: list[list[str]] = []
+    run = facts.run
+    for role in ("train", "valid"):
+        for partition in run.source.partitions(role):
+            target = run.examples_path(partition)
+            about = read_manifest(resolve(target, "examples")).about if is_published(target) else {}
+            if about.get("pipeline") in facts.bundle.features.accepts:
+                aside = f"{sum(about['bad'].values()):,}"
+                found.append([role, partition, _tag("code", about["raw"]["sha256"]), f"{about['rows']:,}", aside])
+            else:
+                found.append([role, partition, "its examples are gone, or were made again by other features", "", ""])
+    partitions = held_out(run, None)
+    for partition in partitions:
+        rows = f"{facts.scored.height:,}" if len(partitions) == 1 else ""
+        found.append(["test", partition, _tag("code", run.source.fingerprint(partition)["sha256"]), rows, ""])
+    return found
+
+
+def _versions() -> Iterator[str]:
+    yield f"python {platform.python_version()}"
+    for package in ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "polars"):
+        try:
+            yield f"{package} {version(package)}"
+        except PackageNotFoundError:
+            continue  # one of the two fbgemm
+
+
+def _settings(settings: Any) -> str:
+    # A database's address may carry its password.
+    return re.sub(r"//[^/@\s\"]*@", "//…@", dump_json(settings).decode())
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def _share(part: float, whole: float) -> str:
+    return f" ({part / whole:.2%})" if whole else ""
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]", "_", text)
