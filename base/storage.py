@@ -159,9 +159,10 @@ def versions_of(target: Path) -> list[Path]:
 
 def prune(target: Path, *, keep: int, spare: Sequence[str] = ()) -> None:
     """Remove old versions of `target`: all but the newest `keep`, the published one, and those named in `spare`."""
-    if not versions_of(target):
+    versions = target.parent / _VERSIONS
+    if not versions.is_dir():
         return
-    with _Lock(target.parent / _VERSIONS):
+    with _Lock(versions):
         current = target.resolve()
         for version in versions_of(target)[:-keep]:
             if version != current and version_name(version) not in spare:

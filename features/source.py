@@ -112,12 +112,10 @@ class Source:
 
     def raw(self, partition: str) -> pl.LazyFrame:
         """Every raw row of a partition, joined with the tables; for scoring."""
-        if self.data.row_number is None or self._files_of(partition) == self._files:
-            frame = self._scan(self._files_of(partition))
-        else:
-            raise ConfigError(
-                "data.row_number numbers rows of one set of files; with day= folders give data.key a column"
-            )
+        files = self._files_of(partition)
+        if self.data.row_number is not None and files != self._files:
+            raise ConfigError("data.row_number would number each day's rows from 0: give data.key a column of the log")
+        frame = self._scan(files)
         present = frame.collect_schema().names()
         require(self.data.key, present, "data.key")
         frame = rows_of(self.data.split, frame, partition, day=self._day(frame), key=self.data.key)

@@ -9,6 +9,7 @@ from base.config import Config
 from features.pipeline import FeaturePipeline
 from features.source import Data, Source, Table
 from features.transforms import AnyTransform
+from recsys.device import DeviceName
 from recsys.gate import Gates
 from recsys.models import ModelConfig
 from recsys.trainer import TrainConfig
@@ -51,6 +52,8 @@ class Run(Config):
     features: Annotated[tuple[AnyTransform, ...], Field(min_length=1)]
     model: ModelConfig
     train: TrainConfig = TrainConfig()
+    device: DeviceName = "auto"
+    """Where to train, evaluate and score; `auto` is CUDA where there is one."""
     evaluate: Evaluation = Evaluation()
     gate: Gates = Gates()
     mlflow: Registry = Registry()

@@ -14,12 +14,13 @@ from pipelines.config import Run
 from pipelines.train import registry_of
 from recsys import metrics
 from recsys.bundle import Bundle
+from recsys.device import pick_device
 from serving.score import score
 
 
 def evaluate(run: Run, *, partition: str | None = None) -> pl.DataFrame:
     """Measure the run's bundle on held-out raw rows; publish the scored table and the metrics, log them to MLflow."""
-    bundle = Bundle.load(run.bundle_path)
+    bundle = Bundle.load(run.bundle_path).to(pick_device(run.device))
     scored = scored_table(run, bundle, held_out(run, partition))
     table = measure(run, bundle.outputs, scored)
     name = partition or "test"

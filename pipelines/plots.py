@@ -27,16 +27,15 @@ _VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--card", M
 SIDE = 4.6
 """Width of a figure in inches: two stand side by side on a desk, one fills a phone, and the text is legible on both."""
 
-_STYLE: dict[str, Any] = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a value may hold a dollar sign
     "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "legend.fontsize": 8.5,
+    "font.size": 9.5,
+    "axes.labelsize": 9.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
     "legend.frameon": False,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -75,6 +74,7 @@ class Plot:
         body = self.svg[self.svg.index("<svg") :]
         body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
         body = re.sub(r' xmlns(:\w+)?="[^"]*"', "", body).replace("xlink:href", "href")
+        body = re.sub(r"\s*\n\s*", " ", body)
         for colour, variable in _VARIABLES.items():
             body = body.replace(colour, f"var({variable})")
         # Names that nothing refers to would be repeated from figure to figure.
@@ -93,7 +93,7 @@ def _plot(name: str, text: str, height: float, draw: Callable[[Figure, Axes], No
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure, figure.subplots())
         written = io.StringIO()
-        figure.savefig(written, format="svg", metadata={"Date": None})
+        figure.savefig(written, format="svg", dpi=200, metadata={"Date": None})
     return Plot(name, text, written.getvalue())
 
 
@@ -111,8 +111,9 @@ def epochs(name: str, quantity: str, lines: Mapping[str, Sequence[float]], best:
 
     def draw(_: Figure, axes: Axes) -> None:
         for i, (label, values) in enumerate(lines.items()):
-            style = {"color": MUTED, "linestyle": "--"} if i else {"color": MODEL}
-            axes.plot(range(1, len(values) + 1), values, marker="o", markersize=4.5, label=label, **style)
+            colour, line = (MUTED, "--") if i else (MODEL, "-")
+            steps = range(1, len(values) + 1)
+            axes.plot(steps, values, marker="o", markersize=4.5, label=label, color=colour, linestyle=line)
         first = next(iter(lines.values()))
         axes.axvline(best, color=TRUTH, linewidth=1, linestyle=":", label=f"best epoch: {best}")
         axes.plot(best, first[best - 1], "o", markersize=9, color=MODEL, markeredgecolor=TRUTH, markeredgewidth=1.6)
@@ -152,7 +153,7 @@ def calibration(name: str, curve: pl.DataFrame) -> Plot:
     def draw(_: Figure, axes: Axes) -> None:
         axes.plot([0, top], [0, top], color=MUTED, linewidth=1, linestyle="--", label="calibrated")
         axes.errorbar(predicted, observed, yerr=error, color=MODEL, linewidth=1, elinewidth=1.2, marker="o",
-                      markersize=4, label="model, 95 % interval")  # fmt: skip
+                      markersize=4, label="model, 95% interval")  # fmt: skip
         axes.set_xlabel("predicted probability, mean of the bin")
         axes.set_ylabel("share of positives in the bin")
         axes.set_xlim(0, top)
@@ -170,8 +171,7 @@ def histogram(name: str, label: str, scores_N: NDArray[Any], labels_N: NDArray[n
     def draw(_: Figure, axes: Axes) -> None:
         for value, colour in ((0, MUTED), (1, MODEL)):
             inside_N = np.clip(scores_N[labels_N == value], 0, top)
-            share, _ = np.histogram(inside_N, edges)
-            share = share / max(inside_N.size, 1)
+            share = np.histogram(inside_N, edges)[0] / max(inside_N.size, 1)
             axes.stairs(share, edges, color=colour, fill=True, alpha=0.25)
             axes.stairs(share, edges, color=colour, linewidth=1.5, label=f"{short(label)} = {value}")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}" if y < 0.0995 else f"{y:.2f}"))
@@ -206,16 +206,16 @@ def dots(
         if truth is not None:
             axes.plot(truth, places, linestyle="", marker="D", markersize=5, color=TRUTH, label="known truth")
         axes.errorbar(np.asarray(values), places, xerr=np.asarray(errors), linestyle="", marker="o", markersize=5.5,
-                      elinewidth=1.2, color=MODEL, label="model, 95 % interval")  # fmt: skip
+                      elinewidth=1.2, color=MODEL, label="model, 95% interval")  # fmt: skip
         axes.set_yticks(places, [short(label) for label in labels])
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.08)
-        for place, count in zip(places, counts, strict=True):
-            axes.text(1.03, place, f"{count:,}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
-        axes.text(1.03, -0.75, "rows", transform=axes.get_yaxis_transform(), va="bottom", fontsize=8, color=MUTED)
+        for place, count in enumerate(counts):
+            axes.text(1.03, place, f"{count:,}", transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
+        axes.text(1.03, -0.02, "rows", transform=axes.transAxes, va="top", fontsize=8.5, color=MUTED)
         axes.set_xlabel(quantity)
         _legend_above(axes)
 
@@ -244,7 +244,9 @@ def heat(
     def draw(figure: Figure, axes: Axes) -> None:
         axes.grid(visible=False)
         axes.set_facecolor(LINE)  # seen where a cell is empty
-        mesh = axes.pcolormesh(np.ma.masked_invalid(matrix), cmap=colours, vmin=low, vmax=high, edgecolors=PAPER, lw=0.6)
+        masked = np.ma.masked_invalid(matrix)
+        mesh = axes.pcolormesh(masked, cmap=colours, vmin=low, vmax=high, edgecolors=PAPER, linewidth=0.6)
+        mesh.set_rasterized(matrix.size > 600)  # as paths, many cells make a heavy page
         axes.invert_yaxis()
         axes.set_xticks(np.arange(width) + 0.5, [short(v, 14) for v in columns[1]], rotation=50, ha="right",
                         rotation_mode="anchor")  # fmt: skip
@@ -257,10 +259,11 @@ def heat(
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
         bar.set_label(quantity)
         if written is not None:
-            for i, j in np.argwhere(np.isfinite(matrix)):
+            for i, j in np.argwhere(np.isfinite(matrix)).tolist():
                 dark = (matrix[i, j] - low) / (high - low or 1) > 0.55
                 colour = "#ffffff" if dark else "#000000"  # on the cell, whatever the page's colours
-                axes.text(j + 0.5, i + 0.5, written(matrix[i, j]), ha="center", va="center", color=colour, fontsize=6.5)
+                value = written(float(matrix[i, j]))
+                axes.text(j + 0.5, i + 0.5, value, ha="center", va="center", color=colour, fontsize=7)
 
     cell = 0.25 if height <= 16 else 0.19
     return _plot(name, text, 1.25 + cell * height, draw, width=max(SIDE, 1.7 + 0.19 * width))

@@ -6,6 +6,7 @@ from pipelines.config import Run
 from pipelines.evaluate import held_out, measure, scored_table
 from pipelines.train import registry_of
 from recsys.bundle import Bundle
+from recsys.device import pick_device
 from recsys.gate import Verdict, judge
 from recsys.metrics import headline
 from recsys.registry import CHALLENGER
@@ -24,7 +25,8 @@ def promote(run: Run, *, version: str | None = None, partition: str | None = Non
     partitions = held_out(run, partition)
 
     def measured(bundle: Bundle) -> dict[str, dict[str, float]]:
-        table = measure(run, bundle.outputs, scored_table(run, bundle, partitions))
+        scored = scored_table(run, bundle.to(pick_device(run.device)), partitions)
+        table = measure(run, bundle.outputs, scored)
         return {o.name: headline(table, o.name) for o in bundle.outputs}
 
     found = measured(registry.bundle_of(candidate))

@@ -18,7 +18,7 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from base.errors import ArtefactError
+from base.errors import ArtefactError, ConfigError
 from base.storage import dump_json, is_published, publish, read_manifest, resolve
 from features.schema import Output
 from features.source import REASON
@@ -57,18 +57,23 @@ def report(run: Run) -> Path:
     facts = _gather(run)
     registry = registry_of(run)
     run_id = registry.run_of_training(facts.bundle.version)
-    with registry.run(run_id) as active:
-        drawn: list[Plot] = []
-        sections = [_heading(facts, _registered(run, active.info.run_id)), _how_it_learned(facts, drawn)]
-        sections += [_quality(facts, output, drawn) for output in facts.bundle.outputs]
-        sections += [_slices(facts, drawn), _attention(facts, drawn), *_pairs(facts, drawn), _made_of(facts)]
-        page = _page(facts, [s for s in sections if s])
-        with publish(run.report_path, "report", overwrite=True, keep=3) as staging:
-            (staging / "index.html").write_text(page, encoding="utf-8")
-            for plot in drawn:
-                (staging / f"plots/{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
-            staging.about.update(bundle=facts.bundle.version)
-        folder = resolve(run.report_path)
+    drawn: list[Plot] = []
+    sections = [
+        _heading(facts, _registered(run, run_id)),
+        *(_quality(facts, output, drawn) for output in facts.bundle.outputs),
+        _how_it_learned(facts, drawn),
+        _slices(facts, drawn),
+        _attention(facts, drawn),
+        *_pairs(facts, drawn),
+        _made_of(facts),
+    ]
+    with publish(run.report_path, "report", overwrite=True, keep=3) as staging:
+        (staging / "index.html").write_text(_page(facts, [s for s in sections if s]), encoding="utf-8")
+        for plot in drawn:
+            (staging / f"plots/{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
+        staging.about.update(bundle=facts.bundle.version)
+    folder = resolve(run.report_path)
+    with registry.run(run_id):
         mlflow.log_artifact(str(folder / "index.html"), "report")
         mlflow.log_artifacts(str(folder / "plots"), "plots")
     return run.report_path / "index.html"
@@ -111,6 +116,12 @@ def _gather(run: Run) -> _Facts:
         raise ArtefactError(
             f"{target}: was measured without {missing[0]!r}, which [evaluate] names now; run `recsys evaluate` again"
         )
+    for pair in run.evaluate.pairs:
+        if pair[0] == pair[1]:
+            raise ConfigError(f"evaluate.pairs: {pair[0]!r} stands there twice; name two columns")
+        for column in pair:
+            if scored[column].dtype.is_nested():
+                raise ConfigError(f"evaluate.pairs: {column!r} holds lists; name a column of single values")
     return _Facts(run, bundle, scored, table, _sample(run, bundle, scored.height))
 
 
@@ -120,11 +131,11 @@ def _sample(run: Run, bundle: Bundle, rows: int) -> pl.DataFrame:
     return bundle.features.transform(pl.concat(raw).gather_every(every)).collect()
 
 
-def _registered(run: Run, run_id: str) -> str:
+def _registered(run: Run, run_id: str | None) -> str:
     """Name and number of the registered version; not its alias, which the next promotion may move."""
-    found = mlflow.search_model_versions(filter_string=f"run_id = '{run_id}'")
-    numbers = [str(v.version) for v in found if v.name == run.mlflow.model]
-    return f"{run.mlflow.model} version {numbers[0]}" if numbers else f"{run.mlflow.model}, no version of this bundle"
+    found = mlflow.search_model_versions(filter_string=f"run_id = '{run_id}'") if run_id else []
+    numbers = [int(v.version) for v in found if v.name == run.mlflow.model]
+    return f"registered as {run.mlflow.model} version {max(numbers)}" if numbers else "not registered"
 
 
 # --- sections --------------------------------------------------------------------------------------------------------
@@ -155,8 +166,8 @@ def _details(summary: str, *children: Html) -> Html:
 
 def _figure(drawn: list[Plot], plot: Plot, title: str, caption: str = "", *, kind: str = "") -> Html:
     drawn.append(plot)
-    said = _tag("figcaption", _tag("b", title), f". {caption}" if caption else "")
-    return _tag("figure", said, _tag("div", Html(plot.inline)), kind=kind)
+    below = [_tag("p", caption, kind="note")] if caption else []
+    return _tag("figure", _tag("figcaption", _tag("b", title)), _tag("div", Html(plot.inline)), *below, kind=kind)
 
 
 def _figures(*figures: Html) -> Html:
@@ -184,7 +195,7 @@ def _heading(facts: _Facts, registered: str) -> Html:
             "p",
             f"{model}bundle ",
             _tag("code", facts.bundle.version),
-            f", registered as {registered}. Measured on {facts.scored.height:,} held-out rows of ",
+            f", {registered}. Measured on {facts.scored.height:,} held-out rows of ",
             _tag("code", facts.run.data.path),
             f", {', '.join(partitions)}.",
         ),
@@ -235,7 +246,14 @@ def _quality(facts: _Facts, output: Output, drawn: list[Plot]) -> Html:
     if 0 < found["positives"] < found["rows"]:
         of_truth = metrics.roc_curve(known[output.label], known[truth]) if truth else None
         curve = metrics.roc_curve(labels_N, scores_N)
-        figures.append(_figure(drawn, plots.roc(f"{output.name}-roc", curve, of_truth), "Ranking", "ROC curve."))
+        figures.append(
+            _figure(
+                drawn,
+                plots.roc(f"{output.name}-roc", curve, of_truth),
+                "Ranking",
+                "The higher above guessing, the better.",
+            )
+        )
     if found["rows"]:
         bins = metrics.calibration_curve(labels_N, scores_N)
         spread = plots.histogram(f"{output.name}-scores", output.label, scores_N, labels_N)
@@ -275,10 +293,10 @@ def _reading(output: Output, found: dict[str, float], floor: dict[str, float] | 
         return
     possible = "" if floor is None else f"; knowing the true probabilities would give {floor['auc']:.1%}"
     ranking = f"A positive row is ranked above a negative one in {auc:.1%} of cases (50% is guessing{possible})."
-    gain = f"Always predicting the mean rate has a log loss that is {1 - ne:.1%} reduced by the model"
-    gain = f"The model's log loss is {abs(1 - ne):.1%} {'below' if ne < 1 else 'above'} that of always predicting the mean"
-    if floor is not None and floor["normalized_entropy"] < 1:
-        learnable = 1 - floor["normalized_entropy"]
+    side = "below" if ne < 1 else "above"
+    gain = f"Its log loss is {abs(1 - ne):.1%} {side} that of always predicting the mean"
+    learnable = 0.0 if floor is None else 1 - floor["normalized_entropy"]
+    if ne < 1 and learnable > 0:
         gain += f", where {learnable:.1%} is possible: it has learned {(1 - ne) / learnable:.0%} of what can be learned"
     yield f"{ranking} {gain}."
     more = "more" if ratio > 1 else "fewer"
@@ -334,12 +352,12 @@ def _slice(facts: _Facts, output: Output, column: str, drawn: list[Plot]) -> lis
         1.96 * _ratio_error(found),
         reference=("right", 1.0),
     )
+    measured = {m: v for m, v in _METRICS.items() if found[m].is_not_null().any()}
     numbers = [
-        [r["value"], f"{r['rows']:,}", f"{r['positives']:,}"]
-        + [_number(r[m], form) for m, (_, form, _) in _METRICS.items()]
+        [r["value"], f"{r['rows']:,}", f"{r['positives']:,}", *(_number(r[m], v[1]) for m, v in measured.items())]
         for r in found.iter_rows(named=True)
     ]
-    head = [column, "rows", "positives", *(title for title, _, _ in _METRICS.values())]
+    head = [column, "rows", "positives", *(title for title, _, _ in measured.values())]
     return [
         _tag("h3", f"{output.name} by {column}"),
         _figures(_figure(drawn, auc, "Ranking"), _figure(drawn, ratio, "Calibration")),
@@ -377,22 +395,23 @@ def _attention(facts: _Facts, drawn: list[Plot]) -> Html:
     def heat(name: str, title: str, a_FK: NDArray[np.float64], *, caption: str = "", kind: str = "") -> Html:
         written = (lambda v: f"{100 * v:.0f}") if len(fields) <= 16 else None
         drawing = plots.heat(
-            name, title, a_FK, ("this field ...", fields), ("... attends to this one", fields),
+            name, title, a_FK, ("field", fields), ("attends to", fields),
             span=(0.0, top), quantity="share of attention", written=written,
         )  # fmt: skip
         return _figure(drawn, drawing, title, caption, kind=kind)
 
     caption = f"Percent, lines add up to 100; even attention would be {even:.1%} everywhere."
-    whole = heat("attention", "All layers and heads", mean_FK, caption=caption, kind="wide")
-    by_layer = [heat(f"attention-layer-{i + 1}", f"Layer {i + 1}", a_FK) for i, a_FK in enumerate(a_LFK)]
+    kind = "large" if len(fields) > 24 else ""
+    heats = [heat("attention", "All layers and heads", mean_FK, caption=caption, kind=kind)]
+    if len(a_LFK) > 1:
+        heats += [heat(f"attention-layer-{i}", f"Layer {i}", a_FK, kind=kind) for i, a_FK in enumerate(a_LFK, start=1)]
     return _tag(
         "section",
         _tag("h2", "Which fields attend to which"),
         _tag("p", f"Mean over {facts.sample.height:,} held-out rows. Attention describes how the model mixes its "
              "fields, not what causes clicks nor by how much a pair matters; beyond the first layer a field already "
              "carries others."),
-        whole,
-        _figures(*by_layer) if len(by_layer) > 1 else Html(),
+        _figures(*heats),
         *_largest(facts, mean_FK),
     )  # fmt: skip
 
@@ -438,9 +457,8 @@ def _largest(facts: _Facts, mean_FK: NDArray[np.float64]) -> list[Html]:
 
 
 def _pairs(facts: _Facts, drawn: list[Plot]) -> list[Html]:
-    return [
-        _pair(facts, output, pair, drawn) for output in facts.bundle.outputs for pair in dict.fromkeys(facts.run.evaluate.pairs)
-    ]
+    pairs = dict.fromkeys(facts.run.evaluate.pairs)
+    return [_pair(facts, output, pair, drawn) for output in facts.bundle.outputs for pair in pairs]
 
 
 def _pair(facts: _Facts, output: Output, pair: tuple[str, str], drawn: list[Plot]) -> Html:
@@ -449,7 +467,7 @@ def _pair(facts: _Facts, output: Output, pair: tuple[str, str], drawn: list[Plot
     if cells.is_empty():
         return Html()
     # The column with more values runs downwards, where its names have room.
-    down, across = sorted(pair, key=lambda c: cells[c].n_unique(), reverse=True) if pair[0] != pair[1] else pair
+    down, across = sorted(pair, key=lambda c: cells[c].n_unique(), reverse=True)
     levels = [list(dict.fromkeys(cells.sort(f"order {c}")[c])) for c in (down, across)]
 
     def matrix(column: str) -> NDArray[np.float64]:
@@ -465,10 +483,14 @@ def _pair(facts: _Facts, output: Output, pair: tuple[str, str], drawn: list[Plot
     reach = max(float(np.nanmax(np.abs(joint))), 1e-6)
     top = float(np.nanmax(rates))
     base = f"{output.name}-{_file_name(down)}-{_file_name(across)}"
-    name = "planted truth" if truth else "observed"
+    name, learned = ("planted truth", "what was learned") if truth else ("observed", "what was predicted")
 
-    def heat(which: int, what: str, m: NDArray[np.float64], span: tuple[float, float], quantity: str) -> Html:
-        title = (name.capitalize(), "What was learned" if truth else "Predicted")[which]
+    (correlation, slope), (of_all, _) = _relation(*joint, rows), _relation(*logits, rows)
+    # Against noisy counts a slope would come out too small.
+    strength = f"; the interaction has {max(slope, 0):.0%} of its strength" if truth and math.isfinite(slope) else ""
+
+    def heat(which: int, what: str, m: NDArray[Any], span: tuple[float, float], quantity: str) -> Html:
+        title = (name.capitalize(), learned.capitalize())[which]
         drawing = plots.heat(
             f"{base}-{what}-{('known', 'model')[which]}", f"{title}: {quantity} by {down} and {across}", m,
             (down, [str(v) for v in levels[0]]), (across, [str(v) for v in levels[1]]), span=span, quantity=quantity,
@@ -478,15 +500,15 @@ def _pair(facts: _Facts, output: Output, pair: tuple[str, str], drawn: list[Plot
     dots = plots.scatter(
         f"{base}-scatter", f"Learned against {name}: interaction of {down} and {across}",
         joint[0][rows > 0], joint[1][rows > 0], rows[rows > 0], f"{name} (log-odds)",
-        f"{'learned' if truth else 'predicted'} (log-odds)",
+        f"{learned} (log-odds)",
     )  # fmt: skip
     return _tag(
         "section",
-        _tag("h2", f"{down} × {across}: {name} beside what was {'learned' if truth else 'predicted'}, {output.name}"),
+        _tag("h2", f"{down} × {across}: {name} beside {learned}, {output.name}"),
         _tag("p", f"The interaction: a cell's log-odds less what its {down} and its {across} explain by themselves. "
              f"Over the cells, weighted by their rows, the correlation of {name} and {output.name} is ",
-             _tag("b", f"{_correlation(*joint, rows):.2f}"), f" for the interaction and "
-             f"{_correlation(*logits, rows):.2f} for the whole log-odds."),
+             _tag("b", _number(correlation, ".2f")), f" for the interaction and {_number(of_all, '.2f')} for the "
+             f"whole log-odds{strength}."),
         _figures(*(heat(i, "interaction", m, (-reach, reach), "log-odds") for i, m in enumerate(joint)),
                  _figure(drawn, dots, "Cell by cell", "On the line, the model has the interaction in full strength.")),
         _details("The probabilities themselves",
@@ -505,8 +527,7 @@ def _cells(
     """
     table = scored.filter(pl.col(output.label).is_not_null())
     whole = table.height
-    columns = list(dict.fromkeys(pair))
-    for column in columns:
+    for column in pair:
         sizes = table.group_by(column).len().sort("len", column, descending=[True, False], nulls_last=True)
         kept = sizes.head(LEVELS)
         numeric = scored[column].dtype.is_numeric()
@@ -522,17 +543,16 @@ def _cells(
         clipped = value.clip(metrics.CLIP, 1 - metrics.CLIP)
         return (clipped / (1 - clipped)).log().mean()
 
-    cells = table.group_by(columns).agg(
-        *(pl.col(f"order {c}").first() for c in columns),
+    cells = table.group_by(pair).agg(
+        *(pl.col(f"order {c}").first() for c in pair),
         pl.len().alias("rows"),
         known.mean().alias("known rate"),
         p.mean().alias("model rate"),
         log_odds(known).alias("known"),
         log_odds(p).alias("model"),
     )
-    named = cells.sort([f"order {c}" for c in columns])
-    named = named.with_columns(pl.col(c).cast(pl.String).fill_null(metrics.MISSING) for c in columns)
-    return named, table.height / max(whole, 1)
+    named = (pl.col(c).cast(pl.String).fill_null(metrics.MISSING) for c in pair)
+    return cells.sort([f"order {c}" for c in pair]).with_columns(named), table.height / max(whole, 1)
 
 
 def _residual(value: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -547,12 +567,14 @@ def _residual(value: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArra
     return left
 
 
-def _correlation(x: NDArray[np.float64], y: NDArray[np.float64], weight: NDArray[np.float64]) -> float:
+def _relation(x: NDArray[np.float64], y: NDArray[np.float64], weight: NDArray[np.float64]) -> tuple[float, float]:
+    """Correlation of y and x over the cells, and the slope of y on x."""
     inside = weight > 0
     x, y, weight = x[inside], y[inside], weight[inside]
     x, y = x - np.average(x, weights=weight), y - np.average(y, weights=weight)
-    scale = math.sqrt(float((weight * x * x).sum() * (weight * y * y).sum()))
-    return float((weight * x * y).sum()) / scale if scale > 1e-12 else math.nan
+    xx, xy, yy = (float((weight * product).sum()) for product in (x * x, x * y, y * y))
+    tiny = 1e-12 * float(weight.sum())
+    return (xy / math.sqrt(xx * yy) if min(xx, yy) > tiny else math.nan), (xy / xx if xx > tiny else math.nan)
 
 
 # What it is made of
@@ -628,7 +650,7 @@ def _settings(settings: Any) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "–" if value is None or not math.isfinite(value) else format(value, form)
+    return "–" if value is None or not math.isfinite(value) else format(value, f"z{form}")
 
 
 def _share(part: float, whole: float) -> str:

@@ -7,6 +7,7 @@ from pipelines.config import Run
 from pipelines.evaluate import held_out
 from pipelines.train import registry_of
 from recsys.bundle import Bundle
+from recsys.device import pick_device
 from recsys.registry import CHAMPION
 from serving.score import publish_scores
 
@@ -28,6 +29,7 @@ def score(
         registry = registry_of(run)
         registered = registry.find(model)
         bundle, version = registry.bundle_of(registered), registered.version
+    bundle = bundle.to(pick_device(run.device))
     published: list[Path] = []
     for name in held_out(run, partition):
         target = run.scores_path(name)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipelines.prepare import examples_of
 from recsys import trainer
 from recsys.bundle import Bundle, golden_rows, load_model
 from recsys.data import ExampleStream
+from recsys.device import pick_device
 from recsys.registry import ModelRegistry
 from recsys.trainer import Progress, Trained
 
@@ -58,7 +60,15 @@ def train(
     valid = ExampleStream(tuple(examples_of(run, validation, fitted)), schema, run.train.batch_size)
     identity = hashlib.sha256(dump_json({p: f.name for p, f in folders.items()})).hexdigest()
     trained = trainer.train(
-        run.model, schema, fit, valid, run.train, run.folder / "training", identity=identity, on_step=on_step
+        run.model,
+        schema,
+        fit,
+        valid,
+        run.train,
+        run.folder / "training",
+        device=pick_device(run.device),
+        identity=identity,
+        on_step=on_step,
     )
     bundle = _bundle(run, fitted, trained)
     say(
@@ -87,8 +97,7 @@ def _bundle(run: Run, fitted: FittedPipeline, trained: Trained) -> Bundle:
     )
     held_out = run.source.checked(run.source.partitions("valid")[0]).filter(pl.col(REASON).is_null())
     raw = held_out.select(bundle.inputs).head(GOLDEN_ROWS).collect()
-    with_golden = Bundle(**{**vars(bundle), "golden": golden_rows(bundle, raw)})
-    return with_golden.save(run.bundle_path, overwrite=True)
+    return replace(bundle, golden=golden_rows(bundle, raw)).save(run.bundle_path, overwrite=True)
 
 
 def _log(run: Run, trained: Trained, examples: dict[str, dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from base.storage import Staging, dump_json, is_published, publish, resolve, ver
 from features.pipeline import FittedPipeline
 from features.schema import Output, Schema
 from recsys.data import IdCount, IdPolicy, batches, to_columns
+from recsys.device import CPU
 from recsys.models import Model, ModelConfig, build_model
 from recsys.tensors import load_tensors, save_tensors
 
@@ -42,6 +43,12 @@ class Bundle:
     """A few raw rows with the probabilities they must get."""
     version: str = ""
     """Content hash of the stored bundle; empty before it is saved."""
+    device: torch.device = CPU
+    """Where it computes."""
+
+    def to(self, device: torch.device) -> "Bundle":
+        """The same bundle, computing on `device`."""
+        return replace(self, model=self.model.to(device), device=device)
 
     @property
     def outputs(self) -> Sequence[Output]:
@@ -72,7 +79,7 @@ class Bundle:
         self.model.eval()
         for batch in batches(columns, batch_size):
             with torch.no_grad():
-                p_BO = self.model.probabilities(self.model(batch)).float().numpy()
+                p_BO = self.model.probabilities(self.model(batch.to(self.device))).float().cpu().numpy()
             if not np.isfinite(p_BO).all():
                 raise DataError(
                     f"{(~np.isfinite(p_BO)).sum()} of {p_BO.size} probabilities are not finite; do not publish"

@@ -15,12 +15,13 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from base.config import Config
-from base.errors import DataError, SetupError
+from base.errors import DataError
 from base.faults import faultpoint
 from features.schema import Schema
 from recsys import checkpoint
 from recsys.checkpoint import Position
 from recsys.data import ExampleStream
+from recsys.device import CPU
 from recsys.distributed import Sharded, reset_tables, shard
 from recsys.metrics import evaluate, headline
 from recsys.models import Model, ModelConfig, build_model
@@ -53,7 +54,6 @@ class TrainConfig(Config):
     """Steps between checkpoints inside an epoch; there is one after every epoch as well."""
     threads: PositiveInt | None = None
     """CPU threads; by default torch's choice. Weights are bit-identical only for equal numbers of threads."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,6 @@ class Trained:
     """Step at which this process took over; 0 if it started from nothing."""
 
 
-def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The only place that chooses a device. Raises SetupError if CUDA is asked for and not there."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise SetupError("train.device = 'cuda': torch sees no CUDA device; use 'cpu', or see `recsys doctor`")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def train(
     model_config: ModelConfig,
     schema: Schema,
@@ -98,6 +91,7 @@ def train(
     config: TrainConfig,
     folder: Path,
     *,
+    device: torch.device = CPU,
     identity: str = "",
     on_step: Callable[[Progress], None] = lambda _: None,
 ) -> Trained:
@@ -106,12 +100,9 @@ def train(
     `folder` holds the checkpoint; one whose configuration and data (`identity`) are the same is resumed.
     Raises DataError if there is nothing to train on or the loss is not finite.
     """
-    if fit.rows() < fit.batch_size // 8 or valid.rows() == 0:
-        raise DataError(
-            f"{fit.rows()} training and {valid.rows()} validation rows: too few for batches of {fit.batch_size}"
-        )
+    if not fit.rows() or not valid.rows():
+        raise DataError(f"{fit.rows()} training and {valid.rows()} validation rows: both must have some; prepare again")
     run = _run_hash(model_config, schema, config, identity)
-    device = pick_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -231,7 +222,7 @@ def _progress(
 
 
 def _run_hash(model: ModelConfig, schema: Schema, config: TrainConfig, identity: str) -> str:
-    free = {"checkpoint_every", "device"}  # these may change between a run and its resumption
+    free = {"checkpoint_every"}  # may change between a run and its resumption
     parts = [
         model.model_dump(mode="json"),
         schema.model_dump(mode="json"),

@@ -1,4 +1,4 @@
-"""Run files: every fault is one line that names the file, the key's path as the user wrote it, and what would be right."""
+"""Run files: each fault is one line that names the file, the key as the user wrote it, and what would be right."""
 
 import copy
 import tomllib
@@ -19,9 +19,7 @@ DEMO = Path(__file__).parents[2] / "pipelines/runs/demo.toml"
 TREE = tomllib.loads(DEMO.read_text(encoding="utf-8"))
 
 VOCABULARY = "column, kind, max_length, max_size, min_count, multi, name, separator"
-AUTOINT = (
-    "attention_dim, attention_dropout, deep, deep_dropout, dim, embedding_dropout, heads, layers, name, variant"
-)
+AUTOINT = "attention_dim, attention_dropout, deep, deep_dropout, dim, embedding_dropout, heads, layers, name, variant"
 KINDS = "boundaries, cross, hash, log, quantiles, standardise, vocabulary"
 
 
@@ -179,9 +177,7 @@ def test_every_fault_has_a_line() -> None:
         ),
     ],
 )
-def test_what_cannot_be_meant_is_named_with_its_value(
-    change: Callable[[dict[str, Any]], object], message: str
-) -> None:
+def test_what_cannot_be_meant_is_named_with_its_value(change: Callable[[dict[str, Any]], object], message: str) -> None:
     [line] = refusal(change)
     assert line.startswith(message)
     assert line == message or message.endswith((", ", ": "))

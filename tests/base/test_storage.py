@@ -1,13 +1,14 @@
 """Publishing: whole or not at all, also when the writer is killed, the disk is full, or another writer is at it."""
 
 import errno
+import json
 import os
 import signal
 import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,17 +43,11 @@ def put(target: Path, files: dict[str, str], *, overwrite: bool = False, keep: i
     return resolve(target)
 
 
-def content(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()} - {MANIFEST: ""}.keys()
-
-
 def read(target: Path) -> dict[str, str]:
     """What a reader gets, checked."""
     folder = resolve(target, "scores")
     verify(folder)
-    return {
-        str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST
-    }
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST}
 
 
 def leftovers(target: Path) -> list[str]:
@@ -222,9 +217,7 @@ def test_verify_names_what_is_wrong(target: Path) -> None:
     (folder / "surplus").write_text("")
     with pytest.raises(ArtefactError) as caught:
         verify(folder)
-    assert str(caught.value) == (
-        f"{folder / 'surplus'}: not listed in the manifest; remove it or rebuild the artefact"
-    )
+    assert str(caught.value) == (f"{folder / 'surplus'}: not listed in the manifest; remove it or rebuild the artefact")
     (folder / "surplus").unlink()
     (folder / "part-0").write_text("neW")  # as long as before
     with pytest.raises(ArtefactError) as caught:
@@ -302,9 +295,10 @@ def test_many_threads_overwrite_one_name(target: Path) -> None:
 
     def write(number: int) -> None:
         try:
-            for i in range(15):
-                put(target, {"part-0": f"{i % 3}"} if number % 2 else {"part-0": f"{number} {i}"}, overwrite=True, keep=1)
-        except BaseException as error:  # noqa: BLE001
+            for i in range(10):
+                with publish(target, "scores", overwrite=True, keep=1) as staging:
+                    (staging / "part-0").write_text(f"{i % 3}" if number % 2 else f"{number} {i}")
+        except BaseException as error:
             failures.append(error)
 
     def watch() -> None:
@@ -312,7 +306,7 @@ def test_many_threads_overwrite_one_name(target: Path) -> None:
             while not stop.is_set():
                 assert os.readlink(target)
                 assert target.resolve().name.startswith("day=2026-03-07@")
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             failures.append(error)
 
     reader, writers = threading.Thread(target=watch), [threading.Thread(target=write, args=(n,)) for n in range(4)]
@@ -377,9 +371,7 @@ def test_of_two_processes_at_once_exactly_one_wins(target: Path) -> None:
     outcomes = {status: (name, said) for name, status, said in race(target, "once")}
     assert sorted(outcomes) == [0, 3]
     assert read(target) == {"part-0": outcomes[0][0]}
-    assert outcomes[3][1] == (
-        f"{target}: already published; pass --overwrite to replace it, or choose another name\n"
-    )
+    assert outcomes[3][1] == (f"{target}: already published; pass --overwrite to replace it, or choose another name\n")
     assert len(versions_of(target)) == 1
     assert leftovers(target) == []
 
@@ -393,49 +385,73 @@ def test_of_two_overwriting_processes_both_finish_and_one_is_seen(target: Path) 
 
 # Faults
 
-WRITER = """
-import os, signal, sys
+WRITERS = """
+import json, os, signal, sys, traceback
 from pathlib import Path
 from base.storage import publish
 
 changes = {"os.rename", "os.symlink", "os.mkdir", "os.rmdir", "os.remove", "os.utime", "shutil.rmtree"}
-passed, last = 0, int(os.environ.get("KILL_BEFORE_CHANGE", 0))
+passed = 0
+
+
+def write(target, files, environment):
+    os.environ.update(environment)
+    if "KILL_BEFORE_CHANGE" in environment:
+        sys.addaudithook(on_event)
+    with publish(Path(target), "scores", overwrite=True, keep=1) as staging:
+        for name, text in files.items():
+            (staging / name).write_text(text)
+        staging.about["parts"] = len(files)
 
 
 def on_event(event, arguments):
     global passed
     if event in changes or event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
         passed += 1
-        if passed == last:
+        if passed == int(os.environ["KILL_BEFORE_CHANGE"]):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-if last:
-    sys.addaudithook(on_event)
-with publish(Path(sys.argv[1]), "scores", overwrite=True, keep=1) as staging:
-    for name, text in zip(sys.argv[2::2], sys.argv[3::2]):
-        (staging / name).write_text(text)
-    staging.about["parts"] = len(sys.argv[2::2])
+for order in sys.stdin:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            write(*json.loads(order))
+        except BaseException:
+            os.write(writer, traceback.format_exc().encode())
+            os._exit(1)
+        os._exit(0)
+    os.close(writer)
+    said = open(reader).read()
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said]), flush=True)
 """
 
+Write = Callable[..., tuple[int, str]]
 
-def write(target: Path, files: dict[str, str], **environment: str) -> subprocess.CompletedProcess[str]:
-    arguments = [part for item in files.items() for part in item]
-    return subprocess.run(
-        [sys.executable, "-c", WRITER, str(target), *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+
+@pytest.fixture(scope="module")
+def write() -> Iterator[Write]:
+    """Publishes files in a process of its own under an environment; returns its exit status and what it said."""
+    command = [sys.executable, "-c", WRITERS]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writers:
+        assert writers.stdin
+        assert writers.stdout
+        orders, answers = writers.stdin, writers.stdout
+
+        def write(target: Path, files: dict[str, str], **environment: str) -> tuple[int, str]:
+            print(json.dumps([str(target), files, environment]), file=orders, flush=True)
+            status, said = json.loads(answers.readline())
+            return status, said
+
+        yield write
+        orders.close()
 
 
 @pytest.mark.parametrize("overwritten", [OLD, {}], ids=["over a good one", "for the first time"])
 @pytest.mark.parametrize("fault", ["RECSYS_FAULT", "KILL_BEFORE_CHANGE"])
 def test_killed_anywhere_a_reader_sees_all_of_the_old_or_of_the_new(
-    target: Path, tmp_path: Path, fault: str, overwritten: dict[str, str]
+    target: Path, write: Write, fault: str, overwritten: dict[str, str]
 ) -> None:
     """At every fault point, and before every single change to the file system."""
     seen: list[dict[str, str]] = []
@@ -443,13 +459,13 @@ def test_killed_anywhere_a_reader_sees_all_of_the_old_or_of_the_new(
         here = target.parent / f"{n}" / target.name
         if overwritten:
             put(here, overwritten)
-        done = write(here, NEW, **{fault: f"*:kill:{n}" if fault == "RECSYS_FAULT" else f"{n}"})
-        if done.returncode == 0:
+        status, said = write(here, NEW, **{fault: f"*:kill:{n}" if fault == "RECSYS_FAULT" else f"{n}"})
+        if status == 0:
             break
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert status == -signal.SIGKILL, said
         if overwritten or is_published(here):
             seen.append(read(here))
-        assert write(here, NEW).returncode == 0
+        assert write(here, NEW) == (0, "")
         assert read(here) == NEW
         assert leftovers(here) == []
         assert len(versions_of(here)) == 1
@@ -462,20 +478,22 @@ def test_killed_anywhere_a_reader_sees_all_of_the_old_or_of_the_new(
 
 
 @pytest.mark.parametrize("overwritten", [OLD, {}], ids=["over a good one", "for the first time"])
-def test_on_a_full_disk_the_old_stays_until_the_new_is_whole(target: Path, overwritten: dict[str, str]) -> None:
+def test_on_a_full_disk_the_old_stays_until_the_new_is_whole(
+    target: Path, write: Write, overwritten: dict[str, str]
+) -> None:
     seen: list[dict[str, str]] = []
     for n in range(1, 100):
         here = target.parent / f"{n}" / target.name
         if overwritten:
             put(here, overwritten)
-        done = write(here, NEW, RECSYS_FAULT=f"*:enospc:{n}")
-        if done.returncode == 0:
+        status, said = write(here, NEW, RECSYS_FAULT=f"*:enospc:{n}")
+        if status == 0:
             break
-        assert "OSError: [Errno 28] No space left on device" in done.stderr
+        assert "OSError: [Errno 28] No space left on device" in said
         if overwritten or is_published(here):
             seen.append(read(here))
-        assert leftovers(here) == []
-        assert write(here, NEW).returncode == 0
+        assert seen[-1:] == [NEW] or leftovers(here) == []
+        assert write(here, NEW) == (0, "")
         assert read(here) == NEW
         assert leftovers(here) == []
     else:
@@ -510,11 +528,10 @@ def test_other_errors_pass_as_they_are(target: Path) -> None:
         assert caught.value is error
 
 
-def test_no_half_removed_version_is_taken_for_a_whole(target: Path) -> None:
+def test_no_half_removed_version_is_taken_for_a_whole(target: Path, write: Write) -> None:
     """Killed while pruning, then the removed bytes are published again."""
     put(target, OLD)
-    done = write(target, NEW, RECSYS_FAULT="storage.discarded:kill")
-    assert done.returncode == -signal.SIGKILL
+    assert write(target, NEW, RECSYS_FAULT="storage.discarded:kill") == (-signal.SIGKILL, "")
     assert read(target) == NEW
     assert len(versions_of(target)) == 1
     put(target, OLD, overwrite=True)

@@ -77,7 +77,7 @@ def pairs(*values: tuple[str | None, int | None]) -> pl.DataFrame:
     return pl.DataFrame(values, schema={"x": pl.String, "y": pl.Int64}, orient="row")
 
 
-WORDS = ("a", "b", "ab", "", "naïve", "naïve", "日本", "🦊", " a", "A", "c", "d")  # composed, and decomposed
+WORDS = ("a", "b", "ab", "", "na\u00efve", "nai\u0308ve", "日本", "🦊", " a", "A", "c", "d")  # one i composed, one not
 NUMBERS = floats(0.1, -3.25, 1e6, 0.1 + 0.2, 7.0, 2.0, 2.0000001, -0.0, 123456.789, 1e-3, 31.4159, 1e7 / 3)
 NO_NUMBERS = floats(None, math.nan, math.inf, -math.inf)
 NEW_NUMBERS = floats(1e300, -1e300, 5e-324, 42.0, -42.0)
@@ -587,7 +587,7 @@ def test_hashes_are_xxhash64_of_the_text(values: list[str], seed: int) -> None:
 
 
 def test_a_cross_is_the_hash_of_its_columns_with_a_separator() -> None:
-    frame = pl.DataFrame({"x": ["ab", "a", "abc", ""], "y": ["c", "bc", "", "abc"]})
+    frame = pl.DataFrame({"x": ["ab", "a", "abc", ""], "y": ["c", "bc", "", "abcd"]})
     found = result(fit(Cross(columns=("x", "y"), buckets=BUCKETS), frame), frame).to_list()
     assert found == [1 + xxhash.xxh64(f"{x}\x1f{y}".encode()).intdigest() % BUCKETS for x, y in frame.iter_rows()]
     assert len(set(found)) == 4
