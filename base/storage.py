@@ -124,14 +124,17 @@ def resolve(target: Path, kind: str | None = None) -> Path:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an artefact. Raises ArtefactError if it is missing or unreadable."""
+    """The manifest of an artefact. Raises ArtefactError if it is missing, unreadable, or not the published one."""
     path = folder / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ArtefactError(f"{path}: missing, so this folder is not a complete artefact; make it again") from None
     except ValueError as error:
         raise ArtefactError(f"{path}: not a manifest ({str(error).splitlines()[0]}); make the artefact again") from None
+    if folder.parent.name == _VERSIONS and manifest.version != version_name(folder):
+        raise ArtefactError(f"{path}: altered since it was published; restore it or make the artefact again")
+    return manifest
 
 
 def verify(folder: Path) -> Manifest:

@@ -2,6 +2,7 @@
 
 Airflow must run from the environment in which recsys is installed (`make setup`):
 
+    source .venv/bin/activate
     export AIRFLOW__CORE__DAGS_FOLDER=<this folder> AIRFLOW__CORE__LOAD_EXAMPLES=False
     export RECSYS_HOME=<folder that run files and their paths are relative to; by default the one above this>
     airflow standalone

@@ -109,7 +109,7 @@ def short(value: str, length: int = 18) -> str:
 def epochs(name: str, quantity: str, lines: Mapping[str, Sequence[float]], best: int) -> Plot:
     """A quantity after each epoch; the first line is validation, further ones are drawn grey. `best` counts from 1."""
 
-    def draw(_: Figure, axes: Axes) -> None:
+    def draw(figure: Figure, axes: Axes) -> None:
         for i, (label, values) in enumerate(lines.items()):
             colour, line = (MUTED, "--") if i else (MODEL, "-")
             steps = range(1, len(values) + 1)
@@ -122,7 +122,7 @@ def epochs(name: str, quantity: str, lines: Mapping[str, Sequence[float]], best:
         axes.set_xlabel("epoch")
         axes.set_ylabel(quantity)
         axes.margins(y=0.12)
-        _legend_above(axes)
+        _legend_above(figure, axes)
 
     return _plot(name, f"{quantity} by epoch", 2.9, draw)
 
@@ -130,7 +130,7 @@ def epochs(name: str, quantity: str, lines: Mapping[str, Sequence[float]], best:
 def roc(name: str, curve: pl.DataFrame, truth: pl.DataFrame | None) -> Plot:
     """The ROC curve, and that of the known truth."""
 
-    def draw(_: Figure, axes: Axes) -> None:
+    def draw(figure: Figure, axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle="--", label="guessing")
         if truth is not None:
             axes.plot(truth["fpr"], truth["tpr"], color=TRUTH, linewidth=1.5, label="known truth")
@@ -139,9 +139,9 @@ def roc(name: str, curve: pl.DataFrame, truth: pl.DataFrame | None) -> Plot:
         axes.set_ylabel("share of the positives above it")
         axes.set_xlim(-0.01, 1.01)
         axes.set_ylim(-0.01, 1.01)
-        _legend_above(axes)
+        _legend_above(figure, axes)
 
-    return _plot(name, "ROC curve", 3.9, draw)
+    return _plot(name, "ROC curve", 3.6, draw)
 
 
 def calibration(name: str, curve: pl.DataFrame) -> Plot:
@@ -150,7 +150,7 @@ def calibration(name: str, curve: pl.DataFrame) -> Plot:
     error = 1.96 * np.sqrt(observed * (1 - observed) / curve["count"].to_numpy())
     top = max(predicted.max(), (observed + error).max()) * 1.05
 
-    def draw(_: Figure, axes: Axes) -> None:
+    def draw(figure: Figure, axes: Axes) -> None:
         axes.plot([0, top], [0, top], color=MUTED, linewidth=1, linestyle="--", label="calibrated")
         axes.errorbar(predicted, observed, yerr=error, color=MODEL, linewidth=1, elinewidth=1.2, marker="o",
                       markersize=4, label="model, 95% interval")  # fmt: skip
@@ -158,9 +158,9 @@ def calibration(name: str, curve: pl.DataFrame) -> Plot:
         axes.set_ylabel("share of positives in the bin")
         axes.set_xlim(0, top)
         axes.set_ylim(0, top)
-        _legend_above(axes)
+        _legend_above(figure, axes)
 
-    return _plot(name, "Calibration curve", 3.9, draw)
+    return _plot(name, "Calibration curve", 3.6, draw)
 
 
 def histogram(name: str, label: str, scores_N: NDArray[Any], labels_N: NDArray[np.bool_]) -> Plot:
@@ -168,20 +168,20 @@ def histogram(name: str, label: str, scores_N: NDArray[Any], labels_N: NDArray[n
     top = float(np.quantile(scores_N, 0.999)) or 1.0
     edges = np.linspace(0, top, 51)
 
-    def draw(_: Figure, axes: Axes) -> None:
+    def draw(figure: Figure, axes: Axes) -> None:
         for value, colour in ((0, MUTED), (1, MODEL)):
             inside_N = np.clip(scores_N[labels_N == value], 0, top)
             share = np.histogram(inside_N, edges)[0] / max(inside_N.size, 1)
             axes.stairs(share, edges, color=colour, fill=True, alpha=0.25)
             axes.stairs(share, edges, color=colour, linewidth=1.5, label=f"{short(label)} = {value}")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}" if y < 0.0995 else f"{y:.2f}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}"))
         axes.set_xlabel("predicted probability")
         axes.set_ylabel("share of the rows with this label")
         axes.set_xlim(0, top)
         axes.set_ylim(bottom=0)
-        _legend_above(axes)
+        _legend_above(figure, axes)
 
-    return _plot(name, f"Distribution of predicted probabilities by {label}", 2.9, draw)
+    return _plot(name, f"Distribution of predicted probabilities by {label}", 3.6, draw)
 
 
 # By value
@@ -201,7 +201,7 @@ def dots(
     """One value per line with its 95 % interval, the number of rows at the right; `reference` is a vertical line."""
     places = np.arange(len(labels))
 
-    def draw(_: Figure, axes: Axes) -> None:
+    def draw(figure: Figure, axes: Axes) -> None:
         axes.axvline(reference[1], color=MUTED, linewidth=1, linestyle="--", label=reference[0])
         if truth is not None:
             axes.plot(truth, places, linestyle="", marker="D", markersize=5, color=TRUTH, label="known truth")
@@ -215,9 +215,9 @@ def dots(
         axes.margins(x=0.08)
         for place, count in enumerate(counts):
             axes.text(1.03, place, f"{count:,}", transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
-        axes.text(1.03, -0.02, "rows", transform=axes.transAxes, va="top", fontsize=8.5, color=MUTED)
+        axes.text(1.03, 1.0, "rows", transform=axes.transAxes, va="bottom", fontsize=8.5, color=MUTED)
         axes.set_xlabel(quantity)
-        _legend_above(axes)
+        _legend_above(figure, axes)
 
     return _plot(name, f"{quantity} by value", 1.15 + 0.24 * len(labels), draw)
 
@@ -275,7 +275,7 @@ def scatter(
     """A dot per cell, its area by its rows, and the line on which both are equal."""
     reach = 1.08 * float(np.nanmax(np.abs(np.concatenate([x, y, [1e-3]]))))
 
-    def draw(_: Figure, axes: Axes) -> None:
+    def draw(figure: Figure, axes: Axes) -> None:
         axes.plot([-reach, reach], [-reach, reach], color=MUTED, linewidth=1, linestyle="--", label="equal")
         axes.axhline(0, color=LINE, linewidth=1)
         axes.axvline(0, color=LINE, linewidth=1)
@@ -285,12 +285,12 @@ def scatter(
         axes.set_ylim(-reach, reach)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
-        _legend_above(axes)
+        _legend_above(figure, axes)
 
     return _plot(name, text, 3.9, draw)
 
 
-def _legend_above(axes: Axes) -> None:
-    """Outside the data, whatever the data are."""
-    columns = min(3, len(axes.get_legend_handles_labels()[1]))
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, handlelength=1.6, columnspacing=1.2)
+def _legend_above(figure: Figure, axes: Axes) -> None:
+    """Outside the data, whatever the data are, and as wide as the figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=3, handlelength=1.6, columnspacing=1.2)

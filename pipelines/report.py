@@ -49,17 +49,17 @@ _METRICS = {
 }
 
 
-def report(run: Run) -> Path:
-    """Write the page of the run's evaluation on its test rows; returns where it is published.
+def report(run: Run, *, partition: str | None = None) -> Path:
+    """Write the page of the run's evaluation (by default on its test rows); returns where it is published.
 
     Raises ArtefactError if there is no evaluation, or it is of another bundle or other columns than the run's.
     """
-    facts = _gather(run)
+    facts = _gather(run, partition)
     registry = registry_of(run)
     run_id = registry.run_of_training(facts.bundle.version)
     drawn: list[Plot] = []
     sections = [
-        _heading(facts, _registered(run, run_id)),
+        _heading(facts, _registered(run, registry.versions_of_run(run_id))),
         *(_quality(facts, output, drawn) for output in facts.bundle.outputs),
         _how_it_learned(facts, drawn),
         _slices(facts, drawn),
@@ -88,6 +88,8 @@ class _Facts:
 
     run: Run
     bundle: Bundle
+    partitions: Sequence[str]
+    """Whose rows were measured."""
     scored: pl.DataFrame
     table: pl.DataFrame
     """The metrics, as `metrics.evaluate` gives them."""
@@ -99,11 +101,11 @@ class _Facts:
         return self.run.evaluate.truth.get(output.label)
 
 
-def _gather(run: Run) -> _Facts:
-    target = run.evaluation_path("test")
+def _gather(run: Run, partition: str | None) -> _Facts:
+    target = run.evaluation_path(partition or "test")
     if not is_published(target):
         raise ArtefactError(f"{target}: there is no evaluation yet; run `recsys evaluate` first")
-    scored, table, folder = evaluation_of(run)
+    scored, table, folder = evaluation_of(run, partition)
     bundle = Bundle.load(run.bundle_path)
     measured = read_manifest(folder).about.get("bundle")
     if measured != bundle.version:
@@ -122,20 +124,19 @@ def _gather(run: Run) -> _Facts:
         for column in pair:
             if scored[column].dtype.is_nested():
                 raise ConfigError(f"evaluate.pairs: {column!r} holds lists; name a column of single values")
-    return _Facts(run, bundle, scored, table, _sample(run, bundle, scored.height))
+    partitions = held_out(run, partition)
+    return _Facts(run, bundle, partitions, scored, table, _sample(run, bundle, partitions, scored.height))
 
 
-def _sample(run: Run, bundle: Bundle, rows: int) -> pl.DataFrame:
-    raw = [run.source.checked(p).filter(pl.col(REASON).is_null()).select(bundle.inputs) for p in held_out(run, None)]
+def _sample(run: Run, bundle: Bundle, partitions: Sequence[str], rows: int) -> pl.DataFrame:
+    raw = [run.source.checked(p).filter(pl.col(REASON).is_null()).select(bundle.inputs) for p in partitions]
     every = max(1, math.ceil(rows / SAMPLE_ROWS))
     return bundle.features.transform(pl.concat(raw).gather_every(every)).collect()
 
 
-def _registered(run: Run, run_id: str | None) -> str:
+def _registered(run: Run, versions: Sequence[int]) -> str:
     """Name and number of the registered version; not its alias, which the next promotion may move."""
-    found = mlflow.search_model_versions(filter_string=f"run_id = '{run_id}'") if run_id else []
-    numbers = [int(v.version) for v in found if v.name == run.mlflow.model]
-    return f"registered as {run.mlflow.model} version {max(numbers)}" if numbers else "not registered"
+    return f"registered as {run.mlflow.model} version {max(versions)}" if versions else "not registered"
 
 
 # --- sections --------------------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def _name(run: Run) -> str:
 
 
 def _heading(facts: _Facts, registered: str) -> Html:
-    partitions = held_out(facts.run, None)
+    partitions = facts.partitions
     span = partitions[0] if len(partitions) == 1 else f"{partitions[0]} to {partitions[-1]}"
     model = "" if _name(facts.run) == facts.run.model.name else f"{facts.run.model.name}, "
     return _tag(
@@ -210,7 +211,7 @@ def _how_it_learned(facts: _Facts, drawn: list[Plot]) -> Html:
     train_loss = {"training": [entry["train_loss"] for entry in history]}
     figures: list[Html] = []
     for output in outputs:
-        loss, auc = ([entry[f"{output.name}.{metric}"] for entry in history] for metric in ("log_loss", "auc"))
+        loss, auc = ([e.get(f"{output.name}.{m}", math.nan) for e in history] for m in ("log_loss", "auc"))
         # With several outputs the training loss is their sum, or something else again, and gets a figure of its own.
         beside = train_loss if len(outputs) == 1 else {}
         losses = plots.epochs(f"epochs-{output.name}-loss", "log loss", {"validation": loss, **beside}, best)
@@ -222,7 +223,7 @@ def _how_it_learned(facts: _Facts, drawn: list[Plot]) -> Html:
         "section",
         _tag("h2", "How it learned"),
         _tag("p", f"The weights kept are those of epoch {best} of {len(history)}, the best on the validation rows. "
-             "Where validation turns and training goes on, the model has begun to learn rows by heart."),
+             "Where the training loss falls on and validation gets worse, the model learns rows by heart."),
         _figures(*figures),
     )  # fmt: skip
 
@@ -239,21 +240,15 @@ def _quality(facts: _Facts, output: Output, drawn: list[Plot]) -> Html:
     numbers: list[list[str]] = []
     for metric, (title, form, meaning) in _METRICS.items():
         if metric in found:
-            beside = [] if floor is None else [_tag("span", _number(floor[metric], form), kind="truth")]
-            numbers.append([title, _number(found[metric], form), *beside, meaning])
-    head = ["", "model", *([] if floor is None else ["known truth"]), ""]
+            what = _tag("span", title, _tag("span", meaning, kind="note"))
+            numbers.append([what, *(_number(n[metric], form) for n in (found, floor) if n is not None)])
+    head = ["", "model", *([] if floor is None else ["known truth"])]
     figures: list[Html] = []
     if 0 < found["positives"] < found["rows"]:
         of_truth = metrics.roc_curve(known[output.label], known[truth]) if truth else None
         curve = metrics.roc_curve(labels_N, scores_N)
-        figures.append(
-            _figure(
-                drawn,
-                plots.roc(f"{output.name}-roc", curve, of_truth),
-                "Ranking",
-                "The higher above guessing, the better.",
-            )
-        )
+        drawing = plots.roc(f"{output.name}-roc", curve, of_truth)
+        figures.append(_figure(drawn, drawing, "Ranking", "The higher above guessing, the better."))
     if found["rows"]:
         bins = metrics.calibration_curve(labels_N, scores_N)
         spread = plots.histogram(f"{output.name}-scores", output.label, scores_N, labels_N)
@@ -266,23 +261,13 @@ def _quality(facts: _Facts, output: Output, drawn: list[Plot]) -> Html:
         "section",
         _tag("h2", f"Quality of {output.name}, the probability of {output.label} = 1"),
         *(_tag("p", sentence) for sentence in _reading(output, found, floor)),
-        _headline_table(head, numbers),
+        _table(head, numbers, kind="headline"),
         _tag("p", f"{found['rows']:,.0f} rows, {found['positives']:,.0f} of them positive"
              f"{_share(found['positives'], found['rows'])}."
              + ("" if floor is None else " Known truth is the true probability of every row, measured alike: the noise"
                 " floor that no model can beat but by luck."), kind="note"),
         _figures(*figures),
     )  # fmt: skip
-
-
-def _headline_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
-    last = len(head) - 1
-
-    def line(cell: str, values: Sequence[str]) -> Html:
-        return _tag("tr", *(_tag(cell, v, kind="number" if 0 < i < last else "") for i, v in enumerate(values)))
-
-    body = _tag("tbody", *(line("td", row) for row in rows))
-    return _tag("div", _tag("table", _tag("thead", line("th", head)), body, kind="headline"), kind="scroll")
 
 
 def _reading(output: Output, found: dict[str, float], floor: dict[str, float] | None) -> Iterator[str]:
@@ -299,11 +284,11 @@ def _reading(output: Output, found: dict[str, float], floor: dict[str, float] | 
     if ne < 1 and learnable > 0:
         gain += f", where {learnable:.1%} is possible: it has learned {(1 - ne) / learnable:.0%} of what can be learned"
     yield f"{ranking} {gain}."
-    more = "more" if ratio > 1 else "fewer"
-    yield (
-        f"It predicts {abs(ratio - 1):.1%} {more} positives than there were, "
-        f"and its probabilities are off by {100 * ece:.2g} percentage points on average."
-    )
+    if ratio < 2:
+        promise = f"It predicts {abs(ratio - 1):.1%} {'more' if ratio > 1 else 'fewer'} positives than there were"
+    else:
+        promise = f"It predicts {ratio:.1f} times as many positives as there were"
+    yield f"{promise}, and its probabilities are off by {100 * ece:.2g} percentage points on average."
 
 
 # Slices
@@ -477,9 +462,9 @@ def _pair(facts: _Facts, output: Output, pair: tuple[str, str], drawn: list[Plot
         return found
 
     rows = np.nan_to_num(matrix("rows"))
-    logits = [matrix("known"), matrix("model")]
-    joint = [_residual(m, rows) for m in logits]
-    rates = [matrix("known rate"), matrix("model rate")]
+    logits = matrix("known"), matrix("model")
+    joint = _residual(logits[0], rows), _residual(logits[1], rows)
+    rates = matrix("known rate"), matrix("model rate")
     reach = max(float(np.nanmax(np.abs(joint))), 1e-6)
     top = float(np.nanmax(rates))
     base = f"{output.name}-{_file_name(down)}-{_file_name(across)}"
@@ -594,7 +579,7 @@ def _made_of(facts: _Facts) -> Html:
         _tag("p", f"Unknown: ids without a row of their own among {facts.sample.height:,} held-out rows, "
              "whether new, rare or missing.", kind="note"),
         _tag("h3", "Data"),
-        _table(["role", "partition", "sha256 of the raw files", "rows", "set aside"], _data(facts), left=3),
+        _table(["role", "partition", "rows", "set aside", "sha256 of the raw files"], _data(facts), left=2),
         _tag("h3", "Versions"),
         _tag("p", "This page was made with ", ", ".join(_versions()), "."),
         _tag("h3", "Configuration"),
@@ -625,13 +610,12 @@ def _data(facts: _Facts) -> list[list[str]]:
             about = read_manifest(resolve(target, "examples")).about if is_published(target) else {}
             if about.get("pipeline") in facts.bundle.features.accepts:
                 aside = f"{sum(about['bad'].values()):,}"
-                found.append([role, partition, _tag("code", about["raw"]["sha256"]), f"{about['rows']:,}", aside])
+                found.append([role, partition, f"{about['rows']:,}", aside, _tag("code", about["raw"]["sha256"])])
             else:
-                found.append([role, partition, "its examples are gone, or were made again by other features", "", ""])
-    partitions = held_out(run, None)
-    for partition in partitions:
-        rows = f"{facts.scored.height:,}" if len(partitions) == 1 else ""
-        found.append(["test", partition, _tag("code", run.source.fingerprint(partition)["sha256"]), rows, ""])
+                found.append([role, partition, "", "", "its examples are gone, or were made again by other features"])
+    for partition in facts.partitions:
+        rows = f"{facts.scored.height:,}" if len(facts.partitions) == 1 else ""
+        found.append(["measured", partition, rows, "", _tag("code", run.source.fingerprint(partition)["sha256"])])
     return found
 
 

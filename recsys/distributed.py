@@ -45,6 +45,8 @@ class Sharded:
     """By feature name; those that lie on this rank."""
     dense: dict[str, nn.Parameter]
     """By parameter name; everything that is not a table."""
+    init_std: dict[str, float]
+    """By feature name: how widely its table is initialised."""
 
     def set_table_learning_rate(self, value: float) -> None:
         """Takes effect from the next backward pass on."""
@@ -90,14 +92,15 @@ def shard(model: nn.Module, device: torch.device, adagrad: Mapping[str, float], 
     group = dist.group.WORLD
     plan = planner.plan(model, sharders) if world == 1 else planner.collective_plan(model, sharders, group)
     module = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
-    return Sharded(module, _tables(module), _dense(module))
+    init_std = {name: c.init_std for c in collections for name in c.names}
+    return Sharded(module, _tables(module), _dense(module), init_std)
 
 
 def reset_tables(sharded: Sharded, seed: int) -> None:
     """Initialise every table from its name and `seed`: independent of sharding and of the other tables."""
     for name, table in sharded.tables.items():
         generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
-        reset_table(table.weights_RD, generator)
+        reset_table(table.weights_RD, sharded.init_std[name], generator)
 
 
 def _tables(module: DistributedModelParallel) -> dict[str, Table]:

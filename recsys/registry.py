@@ -133,6 +133,12 @@ class ModelRegistry:
             for key, value in tags.items():
                 self._client.set_model_version_tag(self.name, registered.version, key, value)
 
+    def versions_of_run(self, run_id: str | None) -> list[int]:
+        """Numbers of the versions registered from a run."""
+        with _explained(self.uri):
+            found = self._client.search_model_versions(f"name = '{self.name}'")
+        return [int(v.version) for v in found if v.run_id == run_id]
+
     def run_of_training(self, key: str) -> str | None:
         """The run that was started for a training run `key`, so that a retry continues it."""
         with _explained(self.uri):

@@ -34,8 +34,8 @@ class TrainConfig(Config):
     epochs: PositiveInt = 3
     learning_rate: PositiveFloat = 1e-3
     """Of Adam, for everything but the tables."""
-    table_learning_rate: PositiveFloat = 0.02
-    """Of row-wise Adagrad, for the tables."""
+    table_learning_rate: PositiveFloat = 0.2
+    """Of row-wise Adagrad, for the tables: it falls with the gradients a row has seen, so it starts high."""
     table_eps: PositiveFloat = 1e-8
     table_weight_decay: NonNegativeFloat = 0.0
     """L2 on the table rows of a batch, each time they are touched."""

@@ -35,7 +35,7 @@ class FM(nn.Module):
         self.outputs = one_output_per_label(schema.labels)
         self.tasks, self.dim = len(schema.labels), config.dim
         width = self.tasks * (1 + self.dim)
-        self.embed = Embeddings(schema, -(-width // WIDTH_UNIT) * WIDTH_UNIT, table_device)
+        self.embed = Embeddings(schema, -(-width // WIDTH_UNIT) * WIDTH_UNIT, table_device, init_std=0.01)
         self.bias_T = nn.Parameter(torch.zeros(self.tasks))
 
     def forward(self, batch: Batch) -> Tensor:

@@ -28,7 +28,7 @@ class LR(nn.Module):
         super().__init__()
         self.outputs = one_output_per_label(schema.labels)
         self.tasks = len(schema.labels)
-        self.embed = Embeddings(schema, -(-self.tasks // WIDTH_UNIT) * WIDTH_UNIT, table_device)
+        self.embed = Embeddings(schema, -(-self.tasks // WIDTH_UNIT) * WIDTH_UNIT, table_device, init_std=0.0)
         self.bias_T = nn.Parameter(torch.zeros(self.tasks))
 
     def forward(self, batch: Batch) -> Tensor:

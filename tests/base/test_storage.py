@@ -212,6 +212,33 @@ def test_a_damaged_manifest_is_named(target: Path, text: str) -> None:
     assert str(caught.value).endswith("make the artefact again")
 
 
+def test_an_altered_manifest_is_noticed_byte_by_byte(target: Path) -> None:
+    path = put(target, OLD) / MANIFEST
+    sound = path.read_bytes()
+    for i in range(len(sound)):
+        path.write_bytes(sound[:i] + bytes([sound[i] ^ 1]) + sound[i + 1 :])
+        with pytest.raises(ArtefactError) as caught:
+            verify(resolve(target))
+        assert str(caught.value).startswith(f"{path}: ")
+        if i == sound.index(b'"parts": 2') + 9:
+            assert str(caught.value) == (
+                f"{path}: altered since it was published; restore it or make the artefact again"
+            )
+
+
+def test_any_facts_survive_the_manifest(target: Path) -> None:
+    about = {
+        "path": Path("a"),
+        "pair": (1, None),
+        "share": 0.1 + 0.2,
+        "größe": {"b": [True], "a": "\u2028"},
+        "at": 1e300,
+    }
+    with publish(target, "scores") as staging:
+        staging.about.update(about)
+    assert read_manifest(resolve(target)).about == {**about, "path": "a", "pair": [1, None]}
+
+
 def test_verify_names_what_is_wrong(target: Path) -> None:
     folder = put(target, NEW)
     (folder / "surplus").write_text("")
@@ -385,63 +412,25 @@ def test_of_two_overwriting_processes_both_finish_and_one_is_seen(target: Path) 
 
 # Faults
 
-WRITERS = """
-import json, os, signal, sys, traceback
-from pathlib import Path
-from base.storage import publish
-
-changes = {"os.rename", "os.symlink", "os.mkdir", "os.rmdir", "os.remove", "os.utime", "shutil.rmtree"}
-passed = 0
-
-
-def write(target, files, environment):
-    os.environ.update(environment)
-    if "KILL_BEFORE_CHANGE" in environment:
-        sys.addaudithook(on_event)
-    with publish(Path(target), "scores", overwrite=True, keep=1) as staging:
-        for name, text in files.items():
-            (staging / name).write_text(text)
-        staging.about["parts"] = len(files)
-
-
-def on_event(event, arguments):
-    global passed
-    if event in changes or event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
-        passed += 1
-        if passed == int(os.environ["KILL_BEFORE_CHANGE"]):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-for order in sys.stdin:
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            write(*json.loads(order))
-        except BaseException:
-            os.write(writer, traceback.format_exc().encode())
-            os._exit(1)
-        os._exit(0)
-    os.close(writer)
-    said = open(reader).read()
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said]), flush=True)
-"""
-
 Write = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
-def write() -> Iterator[Write]:
+def write(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Write]:
     """Publishes files in a process of its own under an environment; returns its exit status and what it said."""
-    command = [sys.executable, "-c", WRITERS]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writers:
+    command = [sys.executable, ROOT / "tests/faults/children.py"]
+    environment = {**os.environ, "CHILDREN": str(tmp_path_factory.mktemp("children"))}
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as writers:
         assert writers.stdin
         assert writers.stdout
         orders, answers = writers.stdin, writers.stdout
 
         def write(target: Path, files: dict[str, str], **environment: str) -> tuple[int, str]:
-            print(json.dumps([str(target), files, environment]), file=orders, flush=True)
-            status, said = json.loads(answers.readline())
+            arguments = {"target": str(target), "files": files}
+            print(json.dumps(["publish_files", arguments, environment]), file=orders, flush=True)
+            status, said, _ = json.loads(answers.readline())
             return status, said
 
         yield write

@@ -112,7 +112,7 @@ min_auc = 0.0
 def child(code: str, *arguments: str, environment: dict[str, str]) -> str:
     """Standard output of a Python program."""
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
@@ -180,7 +180,6 @@ def stubbed(airflow: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
         "hostile": run("hostile", {"day": "2024-03-01", "config": hostile, "home": str(home)}),
         "refused": run("refused", {**good, "train_days": 1}, promote=99),
         "promote_fails": run("promote_fails", good, promote=2),
-        "train_fails": run("train_fails", good, train=1),
         "evaluate_99": run("evaluate_99", good, evaluate=99),
         "no_day": run("no_day", {"train_days": 4}),
         "empty_day": run("empty_day", {**good, "day": ""}),
@@ -232,9 +231,7 @@ def test_a_refused_promotion_is_skipped_and_the_champion_scores(stubbed: tuple[A
     assert outcomes["refused"] == {"run": "success", "states": dict.fromkeys(VERBS, "success") | {"promote": SKIPPED}}
 
 
-@pytest.mark.parametrize(
-    ("run", "failed"), [("promote_fails", "promote"), ("train_fails", "train"), ("evaluate_99", "evaluate")]
-)
+@pytest.mark.parametrize(("run", "failed"), [("promote_fails", "promote"), ("evaluate_99", "evaluate")])
 def test_nothing_follows_a_failure(stubbed: tuple[Any, dict[str, list[Any]]], run: str, failed: str) -> None:
     outcomes, logs = stubbed
     at = VERBS.index(failed)

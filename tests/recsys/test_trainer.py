@@ -1,0 +1,400 @@
+"""Training: repeats bit for bit, resumes as if never interrupted, keeps the best weights, stops when it should."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from torch import Tensor
+
+import recsys.trainer
+from base.errors import ArtefactError, DataError
+from base.storage import resolve, versions_of
+from features.schema import Dense, Schema, Sparse
+from recsys import checkpoint
+from recsys.data import ExampleStream
+from recsys.models import AutoIntConfig, ModelConfig
+from recsys.models.autoint import AutoInt
+from recsys.models.fm import FMConfig
+from recsys.models.lr import LRConfig
+from recsys.trainer import Progress, TrainConfig, Trained, train
+
+SCHEMA = Schema(
+    keys=(),
+    dense=(Dense(name="x"),),
+    sparse=(Sparse(name="a", rows=20), Sparse(name="bag", rows=9, multi=True)),
+    labels=("click",),
+)
+# With dropout, so that resuming has something to repeat beside weights and optimizer states.
+AUTOINT = AutoIntConfig(dim=4, layers=1, heads=1, attention_dim=4, attention_dropout=0.3, embedding_dropout=0.2)
+FAST = TrainConfig(batch_size=100, epochs=3, learning_rate=0.01, table_learning_rate=0.1, threads=1, patience=10)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def table(rows: int, seed: int, schema: Schema = SCHEMA) -> pl.DataFrame:
+    rng = np.random.default_rng(seed)
+    a = rng.integers(0, 20, rows)
+    probability = 1 / (1 + np.exp(-np.sin(a) * 2))
+    return pl.DataFrame(
+        {
+            "a": pl.Series(a, dtype=pl.Int32),
+            "bag": pl.Series([rng.integers(0, 9, n).tolist() for n in rng.integers(0, 3, rows)], dtype=pl.List(pl.Int32)),
+            "x": pl.Series(rng.normal(size=rows), dtype=pl.Float32),
+            **{f"@{label}": pl.Series(rng.random(rows) < probability).cast(pl.Int8) for label in schema.labels},
+        }
+    )
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> tuple[ExampleStream, ExampleStream]:
+    return streams(tmp_path / "examples")
+
+
+def streams(folder: Path, rows: int = 730, schema: Schema = SCHEMA, **settings: Any) -> tuple[ExampleStream, ExampleStream]:
+    folder.mkdir(parents=True, exist_ok=True)
+    table(rows, 1, schema).write_parquet(folder / "fit.parquet", row_group_size=200)
+    table(300, 2, schema).write_parquet(folder / "valid.parquet", row_group_size=100)
+    fit = ExampleStream((folder / "fit.parquet",), schema, 100, shuffle=True, seed=4, window=2, **settings)
+    return fit, ExampleStream((folder / "valid.parquet",), schema, 128)
+
+
+def run(
+    data: tuple[ExampleStream, ExampleStream],
+    folder: Path,
+    config: TrainConfig = FAST,
+    model: ModelConfig = AUTOINT,
+    *,
+    stop_at: int | None = None,
+    **settings: Any,
+) -> Trained:
+    """Train; with `stop_at`, be interrupted right after that step."""
+
+    def on_step(progress: Progress) -> None:
+        if progress.step == stop_at:
+            raise Interrupted
+
+    return train(model, SCHEMA, *data, config, folder, on_step=on_step, **settings)
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def with_config(**changes: Any) -> TrainConfig:
+    return FAST.model_copy(update=changes)
+
+
+# --- repeating -------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_weights(data: Any, tmp_path: Path) -> None:
+    first, second = (run(data, tmp_path / n) for n in ("a", "b"))
+    assert same(first.weights, second.weights)
+    assert first.history == second.history
+    assert {"embed.tables.embedding_bags.a.weight", "head.weight", "embed.numeric_ND"} <= first.weights.keys()
+    assert first.resumed_at == 0
+
+
+def test_another_seed_gives_other_weights(data: Any, tmp_path: Path) -> None:
+    first, second = (run(data, tmp_path / str(s), with_config(seed=s)) for s in (0, 1))
+    assert not any(first.weights[name].equal(second.weights[name]) for name in first.weights if "bias" not in name)
+
+
+def test_history_has_an_entry_per_epoch_and_learns(data: Any, tmp_path: Path) -> None:
+    trained = run(data, tmp_path / "state", model=FMConfig(dim=4))
+    assert [entry["epoch"] for entry in trained.history] == [1, 2, 3]
+    per_epoch = data[0].batches_per_epoch()
+    assert [entry["step"] for entry in trained.history] == [per_epoch, 2 * per_epoch, 3 * per_epoch]
+    losses = [entry["train_loss"] for entry in trained.history]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] < 0.75
+    assert losses[-1] < 0.6
+    assert {"p_click.auc", "p_click.log_loss", "objective"} <= trained.history[0].keys()
+    assert trained.history[-1]["p_click.auc"] > 0.7
+    assert trained.rows_per_second > 0
+
+
+def test_progress_counts_up_to_all_steps(data: Any, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    train(LRConfig(), SCHEMA, *data, FAST, tmp_path / "state", on_step=seen.append)
+    total = 3 * data[0].batches_per_epoch()
+    assert [p.step for p in seen] == list(range(1, total + 1))
+    assert {(p.steps, p.epochs) for p in seen} == {(total, 3)}
+    assert [p.epoch for p in seen] == sorted(p.epoch for p in seen)
+    assert seen[-1].eta_seconds == 0
+    assert all(0 < p.loss < 3 for p in seen)
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 5, 7, 8, 9, 10, 17, 23])
+def test_resumed_anywhere_is_as_if_never_interrupted(stop_at: int, data: Any, tmp_path: Path) -> None:
+    """Bit for bit: weights, and what was measured on the way. 8 batches an epoch, checkpoints every 2 and at the end."""
+    config = with_config(checkpoint_every=2)
+    whole = run(data, tmp_path / "whole", config)
+    with pytest.raises(Interrupted):
+        run(data, tmp_path / "state", config, stop_at=stop_at)
+    resumed = run(data, tmp_path / "state", config)
+    epochs, batches = divmod(stop_at - 1, 8)
+    assert resumed.resumed_at == epochs * 8 + batches // 2 * 2
+    assert resumed.history == whole.history
+    assert same(resumed.weights, whole.weights)
+    assert resumed.best_epoch == whole.best_epoch
+
+
+def test_interrupted_again_and_again_it_still_arrives(data: Any, tmp_path: Path) -> None:
+    config = with_config(checkpoint_every=1)
+    whole = run(data, tmp_path / "whole", config)
+    for stop_at in (3, 4, 9, 20):
+        with pytest.raises(Interrupted):
+            run(data, tmp_path / "state", config, stop_at=stop_at)
+    resumed = run(data, tmp_path / "state", config)
+    assert resumed.history == whole.history
+    assert same(resumed.weights, whole.weights)
+
+
+def test_a_finished_run_is_not_trained_again(data: Any, tmp_path: Path) -> None:
+    first = run(data, tmp_path / "state")
+    again = run(data, tmp_path / "state", stop_at=1)
+    assert same(first.weights, again.weights)
+    assert again.history == first.history
+    assert again.resumed_at == 3 * data[0].batches_per_epoch()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"learning_rate": 0.02}, {"table_learning_rate": 0.2}, {"epochs": 4}, {"batch_size": 99}, {"threads": 2}],
+)
+def test_another_configuration_starts_from_the_beginning(change: dict[str, Any], data: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(data, tmp_path / "state", with_config(checkpoint_every=1), stop_at=5)
+    changed = with_config(**change)
+    resumed = run(data, tmp_path / "state", changed)
+    assert resumed.resumed_at == 0
+    assert same(resumed.weights, run(data, tmp_path / "other", changed).weights)
+    torch.set_num_threads(1)
+
+
+def test_another_model_schema_or_data_starts_from_the_beginning(data: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(data, tmp_path / "state", with_config(checkpoint_every=1), stop_at=5, identity="monday")
+    assert run(data, tmp_path / "state", stop_at=None, identity="tuesday").resumed_at == 0
+    with pytest.raises(Interrupted):
+        run(data, tmp_path / "state", with_config(checkpoint_every=1), stop_at=5)
+    wider = AUTOINT.model_copy(update={"dim": 8})
+    assert run(data, tmp_path / "state", model=wider).resumed_at == 0
+    with pytest.raises(Interrupted):
+        run(data, tmp_path / "state", with_config(checkpoint_every=1), stop_at=5)
+    larger = SCHEMA.model_copy(update={"sparse": (Sparse(name="a", rows=21), SCHEMA.sparse[1])})
+    assert train(AUTOINT, larger, *data, FAST, tmp_path / "state").resumed_at == 0
+
+
+def test_how_often_checkpoints_are_made_may_change(data: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(data, tmp_path / "state", with_config(checkpoint_every=3), stop_at=5)
+    resumed = run(data, tmp_path / "state", with_config(checkpoint_every=500))
+    assert resumed.resumed_at == 3
+    assert same(resumed.weights, run(data, tmp_path / "whole").weights)
+
+
+def test_an_altered_checkpoint_is_refused_by_name(data: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(data, tmp_path / "state", with_config(checkpoint_every=2), stop_at=5)
+    folder = resolve(tmp_path / "state/checkpoint", "checkpoint")
+    assert {p.parent.name for p in folder.rglob("*.safetensors")} == {"weights", "table_states", "dense_states"}
+    path = folder / "table_states/small.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ArtefactError, match=r"table_states/small\.safetensors: differs from its checksum"):
+        run(data, tmp_path / "state", with_config(checkpoint_every=2))
+
+
+def test_old_weights_and_checkpoints_are_cleared_away(data: Any, tmp_path: Path) -> None:
+    trained = run(data, tmp_path / "state", with_config(epochs=6, checkpoint_every=2))
+    assert len(versions_of(tmp_path / "state/checkpoint")) == 1
+    assert len(versions_of(tmp_path / "state/best")) <= 2
+    position = checkpoint.position_of(tmp_path / "state")
+    assert position is not None
+    assert position.finished
+    assert position.best is not None
+    assert same(checkpoint.load_best(tmp_path / "state", position.best), trained.weights)
+    with pytest.raises(ArtefactError, match="version 0123 is gone; train again with --overwrite"):
+        checkpoint.load_best(tmp_path / "state", "0123")
+    assert checkpoint.position_of(tmp_path / "nothing") is None
+
+
+# --- the best epoch, and when to stop --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes every evaluation give the next of these numbers, and notes the weights it was made of."""
+
+    def script(*objectives: float, metric: str = "log_loss") -> list[dict[str, Tensor]]:
+        left, seen = list(objectives), []
+        whole = recsys.trainer.headline
+
+        def headline(*arguments: Any) -> dict[str, float]:
+            return {**whole(*arguments), metric: left.pop(0)}
+
+        predict = recsys.trainer.predict
+
+        def noted(module: Any, model: Any, *rest: Any) -> pl.DataFrame:
+            dense = {n: p for n, p in module.named_parameters() if ".tables." not in n}
+            seen.append({n: p.detach().clone() for n, p in dense.items()})
+            return predict(module, model, *rest)
+
+        monkeypatch.setattr(recsys.trainer, "headline", headline)
+        monkeypatch.setattr(recsys.trainer, "predict", noted)
+        return seen
+
+    return script
+
+
+def test_the_best_epochs_weights_are_kept(scripted: Any, data: Any, tmp_path: Path) -> None:
+    seen = scripted(0.6, 0.5, 0.55, 0.52)
+    trained = run(data, tmp_path / "state", with_config(epochs=4))
+    assert trained.best_epoch == 2
+    assert [h["objective"] for h in trained.history] == [0.6, 0.5, 0.55, 0.52]
+    assert "head.weight" in seen[0]
+    for name in seen[0]:
+        assert trained.weights[name].equal(seen[1][name]), name
+        assert not trained.weights[name].equal(seen[3][name]), name
+
+
+def test_training_stops_when_patience_is_over(scripted: Any, data: Any, tmp_path: Path) -> None:
+    scripted(0.6, 0.5, 0.55, 0.5, 0.4)
+    trained = run(data, tmp_path / "state", with_config(epochs=9, patience=2))
+    assert len(trained.history) == 4  # an equal is no improvement
+    assert trained.best_epoch == 2
+    scripted(0.6, 0.5, 0.55, 0.49, 0.51, 0.52, 0.1)
+    later = run(data, tmp_path / "later", with_config(epochs=9, patience=2))
+    assert [len(later.history), later.best_epoch] == [6, 4]
+
+
+def test_an_auc_is_better_when_larger(scripted: Any, data: Any, tmp_path: Path) -> None:
+    scripted(0.6, 0.7, 0.65, metric="auc")
+    trained = run(data, tmp_path / "state", with_config(monitor="auc"))
+    assert trained.best_epoch == 2
+    assert [h["objective"] for h in trained.history] == [-0.6, -0.7, -0.65]
+
+
+def test_the_best_survives_an_interruption(scripted: Any, data: Any, tmp_path: Path) -> None:
+    seen = scripted(0.5, 0.6, 0.7)
+    with pytest.raises(Interrupted):
+        run(data, tmp_path / "state", stop_at=20)
+    trained = run(data, tmp_path / "state")
+    assert trained.best_epoch == 1
+    assert trained.weights["head.weight"].equal(seen[0]["head.weight"])
+
+
+def test_learning_rates_decay_on_a_plateau(scripted: Any, data: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    scripted(0.6, 0.7, 0.5, 0.5, 0.4)
+    rates: list[tuple[float, float]] = []
+    set_rates = recsys.trainer._set_rates
+
+    def noted(sharded: Any, optimizer: Any, *rest: Any) -> None:
+        set_rates(sharded, optimizer, *rest)
+        table_rate = {group["lr"] for group in sharded.module.fused_optimizer.param_groups}
+        dense_rate = {group["lr"] for group in optimizer.param_groups}
+        rates.append((*table_rate, *dense_rate))
+
+    monkeypatch.setattr(recsys.trainer, "_set_rates", noted)
+    run(data, tmp_path / "state", with_config(epochs=5, decay_on_plateau=0.5))
+    assert rates == [(0.1, 0.01), (0.1, 0.01), (0.05, 0.005), (0.05, 0.005), (0.025, 0.0025)]
+
+
+def test_a_decayed_rate_reaches_the_tables(scripted: Any, data: Any, tmp_path: Path) -> None:
+    """The kernel itself moves less: after a plateau with rate 0.1 * 1e-6, tables stand still."""
+
+    def tables(trained: Trained) -> Tensor:
+        return trained.weights["embed.tables.embedding_bags.a.weight"]
+
+    scripted(0.6, 0.7, 0.5)  # the third epoch, after a plateau, is the best
+    still = tables(run(data, tmp_path / "a", with_config(decay_on_plateau=1e-6)))
+    scripted(0.7, 0.6)
+    second = tables(run(data, tmp_path / "b", with_config(epochs=2)))
+    torch.testing.assert_close(still, second, atol=1e-5, rtol=0)
+    scripted(0.6, 0.7, 0.5)
+    assert (tables(run(data, tmp_path / "c", with_config(decay_on_plateau=1.0))) - second).abs().max() > 0.01
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_is_an_error(data: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the loss became (nan|inf) at step \d+: lower train\.table_learning_rate"):
+        run(data, tmp_path / "state", with_config(learning_rate=1e30, table_learning_rate=1e30, epochs=5))
+
+
+def test_too_few_rows_are_an_error(tmp_path: Path) -> None:
+    for fit_rows, valid_rows in ((0, 300), (730, 0)):
+        folder = tmp_path / f"{fit_rows}"
+        fit, valid = streams(folder)
+        table(730, 1).head(fit_rows).write_parquet(folder / "fit.parquet")
+        table(300, 2).head(valid_rows).write_parquet(folder / "valid.parquet")
+        with pytest.raises(DataError, match=f"{fit_rows} training and {valid_rows} validation rows"):
+            run((fit, valid), folder / "state")
+
+
+@pytest.mark.parametrize("monitor", ["auc", "log_loss"])
+@pytest.mark.parametrize("only", [0, 1])
+def test_validation_rows_of_one_class(monitor: Any, only: int, tmp_path: Path) -> None:
+    fit, valid = streams(tmp_path / "examples")
+    table(300, 2).with_columns(pl.lit(only, pl.Int8).alias("@click")).write_parquet(tmp_path / "examples/valid.parquet")
+    if monitor == "auc":
+        with pytest.raises(DataError, match="auc of the validation rows is nan: they hold one class only"):
+            run((fit, valid), tmp_path / "state", with_config(monitor=monitor))
+    else:
+        assert np.isfinite(run((fit, valid), tmp_path / "state").history[0]["objective"])
+
+
+# --- other settings --------------------------------------------------------------------------------------------------
+
+
+def test_two_labels_are_learned_together(tmp_path: Path) -> None:
+    schema = SCHEMA.model_copy(update={"labels": ("click", "like")})
+    fit, valid = streams(tmp_path / "examples", schema=schema)
+    trained = train(FMConfig(dim=4), schema, fit, valid, FAST, tmp_path / "state")
+    last = trained.history[-1]
+    assert {"p_click.auc", "p_like.auc", "p_click.log_loss", "p_like.log_loss"} <= last.keys()
+    assert last["objective"] == pytest.approx((last["p_click.log_loss"] + last["p_like.log_loss"]) / 2)
+    assert min(last["p_click.auc"], last["p_like.auc"]) > 0.7
+
+
+@pytest.mark.parametrize("setting", ["weight_decay", "table_weight_decay"])
+def test_weight_decay_shrinks_weights(setting: str, data: Any, tmp_path: Path) -> None:
+    def size(trained: Trained) -> float:
+        part = [w.square().sum() for n, w in trained.weights.items() if (".tables." in n) == (setting[0] == "t")]
+        return float(sum(part))
+
+    free, held = (run(data, tmp_path / str(d), with_config(**{setting: d})) for d in (0.0, 0.3))
+    assert size(held) < 0.8 * size(free)
+
+
+def test_evaluation_is_without_dropout(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[bool] = []
+    predict = recsys.trainer.predict
+
+    def noted(module: Any, *rest: Any) -> pl.DataFrame:
+        modes.append(any(m.training for m in module.modules()))
+        return predict(module, *rest)
+
+    monkeypatch.setattr(recsys.trainer, "predict", noted)
+    steps: list[bool] = []
+    loss = AutoInt.loss
+
+    def watched(self: AutoInt, *rest: Any) -> Tensor:
+        steps.append(self.training)
+        return loss(self, *rest)
+
+    monkeypatch.setattr(AutoInt, "loss", watched)
+    run(data, tmp_path / "state")
+    assert modes == [False] * 3
+    assert steps == [True] * 24
