@@ -4,23 +4,35 @@ import copy
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 
 from base.config import Config, load_config, parse_config
 from base.errors import ConfigError
 from features.split import DaySplit
-from features.transforms import Vocabulary
+from features.transforms import AnyTransform, Vocabulary
 from pipelines.config import Run
-from recsys.models import DCNConfig
+from recsys.gate import Gates
+from recsys.models import AutoIntConfig, DCNConfig, ModelConfig
+from recsys.trainer import TrainConfig
 
 DEMO = Path(__file__).parents[2] / "pipelines/runs/demo.toml"
 TREE = tomllib.loads(DEMO.read_text(encoding="utf-8"))
 
-VOCABULARY = "column, kind, max_length, max_size, min_count, multi, name, separator"
-AUTOINT = "attention_dim, attention_dropout, deep, deep_dropout, dim, embedding_dropout, heads, layers, name, variant"
-KINDS = "boundaries, cross, hash, log, quantiles, standardise, vocabulary"
+FEATURES = len(TREE["features"])
+
+
+def keys(*configs: type[Config]) -> str:
+    return ", ".join(sorted({name for config in configs for name in config.model_fields}))
+
+
+def kinds(union: Any, tag: str) -> str:
+    """The members of a discriminated union, by their tag."""
+    return ", ".join(sorted(member.model_fields[tag].default for member in get_args(get_args(union)[0])))
+
+
+VOCABULARY, AUTOINT = keys(Vocabulary), keys(AutoIntConfig)
 
 
 def refusal(change: Callable[[dict[str, Any]], object]) -> list[str]:
@@ -43,8 +55,8 @@ def refusal_of(overrides: Sequence[str]) -> str:
 def test_the_demo_is_a_run_file() -> None:
     run = load_config(Run, DEMO)
     assert run == parse_config(Run, TREE, source="demo")
-    assert run.features[0] == Vocabulary(column="user_id", min_count=2)
-    assert run.data.split == DaySplit(train="2026-03-01..2026-03-05", valid="2026-03-06", test="2026-03-07")
+    assert run.features[0] == Vocabulary(**TREE["features"][0])
+    assert run.data.split == DaySplit(**TREE["data"]["split"])
 
 
 def test_a_configuration_is_frozen() -> None:
@@ -60,8 +72,7 @@ def test_a_configuration_is_frozen() -> None:
     [
         (
             lambda t: t.update(modle={}),
-            "unknown key modle; did you mean 'model'? Known: "
-            "data, derive, evaluate, features, gate, mlflow, model, name, output, tables, train",
+            f"unknown key modle; did you mean 'model'? Known: {keys(Run)}",
         ),
         (
             lambda t: t["features"][2].update(mincount=3),
@@ -85,7 +96,7 @@ def test_a_configuration_is_frozen() -> None:
         ),
         (
             lambda t: t.update(gate={"min_acu": 0.7}),
-            "unknown key gate.min_acu; did you mean 'min_auc'? Known: max_auc_loss, max_log_loss_increase, min_auc",
+            f"unknown key gate.min_acu; did you mean 'min_auc'? Known: {keys(Gates)}",
         ),
         (
             lambda t: t.update(tables=[{"path": "u.csv", "on": "user_id", "as_of": {"column": "t", "unti": "s"}}]),
@@ -93,7 +104,7 @@ def test_a_configuration_is_frozen() -> None:
         ),
         (
             lambda t: t["train"].update(xyzzy=1),
-            "unknown key train.xyzzy. Known: batch_size, ",
+            f"unknown key train.xyzzy. Known: {keys(TrainConfig)}",
         ),
     ],
 )
@@ -101,8 +112,7 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_known(
     change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     [line] = refusal(change)
-    assert line.startswith(message)
-    assert line == message or message.endswith(", ")
+    assert line == message
 
 
 @pytest.mark.parametrize("key", ["vocabulary", "kind2"])
@@ -137,13 +147,14 @@ def test_every_fault_has_a_line() -> None:
     [
         (
             lambda t: t["model"].update(name="autont"),
-            "model.name = 'autont' does not exist; did you mean 'autoint'? Known: autoint, dcn, fm, lr",
+            f"model.name = 'autont' does not exist; did you mean 'autoint'? Known: {kinds(ModelConfig, 'name')}",
         ),
         (lambda t: t["model"].pop("name"), "model.name is missing; it says which kind this is"),
         (lambda t: t.update(model="autoint"), "model = 'autoint': must be a table of: attention_dim, "),
         (
             lambda t: t["features"][3].update(kind="vocab"),
-            f"features[3].kind = 'vocab' does not exist; did you mean 'vocabulary'? Known: {KINDS}",
+            "features[3].kind = 'vocab' does not exist; did you mean 'vocabulary'? Known: "
+            + kinds(AnyTransform, "kind"),
         ),
         (lambda t: t["features"][3].pop("kind"), "features[3].kind is missing; it says which kind this is"),
         (lambda t: t["features"][3].pop("column"), "features[3].column is missing; it must be given"),
@@ -173,7 +184,7 @@ def test_every_fault_has_a_line() -> None:
         ),
         (
             lambda t: t["features"].append({"kind": "boundaries", "column": "age", "boundaries": [3, 2]}),
-            "features[12]: boundaries of 'age' must increase: [3.0, 2.0]",
+            f"features[{FEATURES}]: boundaries of 'age' must increase: [3.0, 2.0]",
         ),
     ],
 )
@@ -233,11 +244,11 @@ def test_overrides() -> None:
         *("features.0.min_count=7", "data.split.test=2026-03-08", "evaluate.slices=['hour']", "gate.min_auc=0.6"),
     ]
     run = load_config(Run, DEMO, overrides)
-    assert (run.train.batch_size, run.train.learning_rate, run.train.epochs) == (8192, 1e-4, 3)
+    assert (run.train.batch_size, run.train.learning_rate, run.train.epochs) == (8192, 1e-4, TREE["train"]["epochs"])
     assert run.output == Path("elsewhere")
     assert run.mlflow.uri == "http://m:5000"
     assert run.features[0] == Vocabulary(column="user_id", min_count=7)
-    assert run.data.split == DaySplit(train="2026-03-01..2026-03-05", valid="2026-03-06", test="2026-03-08")
+    assert run.data.split == DaySplit(**TREE["data"]["split"] | {"test": "2026-03-08"})
     assert run.evaluate.slices == ("hour",)
     assert run.gate.min_auc == 0.6  # a table that the file does not have
 
@@ -255,8 +266,11 @@ def test_the_last_override_wins_and_tables_can_be_replaced() -> None:
         ("=3", "--set '=3': write it as path.to.key=value, e.g. train.batch_size=8192"),
         ("output.x.y=3", "--set 'output.x.y=3': output is 'runs/demo', not a table"),
         ("output.x=3", "--set 'output.x=3': output is 'runs/demo', not a table"),
-        ("features.99.column=x", "--set 'features.99.column=x': '99' is not an index into a list of 12; count from 0"),
-        ("features.last=x", "--set 'features.last=x': 'last' is not an index into a list of 12; count from 0"),
+        (
+            "features.99.column=x",
+            f"--set 'features.99.column=x': '99' is not an index into a list of {FEATURES}; count from 0",
+        ),
+        ("features.last=x", f"--set 'features.last=x': 'last' is not an index into a list of {FEATURES}; count from 0"),
         ("train.epoch=3", f"{DEMO}: unknown key train.epoch; did you mean 'epochs'? Known: batch_size, "),
         ("features.2.mincount=3", f"{DEMO}: unknown key features[2].mincount; did you mean 'min_count'? Known: col"),
         ("model.name=autont", f"{DEMO}: model.name = 'autont' does not exist; did you mean 'autoint'? Known: aut"),

@@ -66,6 +66,8 @@ attention_dim = 8
 [train]
 batch_size = 512
 epochs = 2
+learning_rate = 0.001
+table_learning_rate = 0.02
 checkpoint_every = 2
 threads = 1
 """

@@ -188,7 +188,7 @@ def test_json_that_is_none(copy: Path, tmp_path: Path, name: str) -> None:
 def test_a_table_that_is_none(copy: Path, tmp_path: Path, name: str) -> None:
     (copy / name).write_bytes(b"PAR1")
     target = seal(copy, tmp_path / "mixed")
-    assert refusal(target).startswith(f"{resolve(target) / name}: cannot be read (")
+    assert str(resolve(target) / name) in refusal(target)
 
 
 def test_a_table_left_out_is_never_filled_with_random_weights(copy: Path, tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 import pytest
 
+from base.errors import ArtefactError
 from base.storage import MANIFEST, resolve, verify, version_name, versions_of
 from recsys.bundle import Bundle
 from serving.score import publish_scores
@@ -230,12 +232,8 @@ def test_training_onto_a_full_disk(platform: Platform, order: Order, small_disk:
 
 def test_a_bad_model_publishes_nothing(platform: Platform, bundle_path: Path, target: Path) -> None:
     """Golden rows are scored again before anything is written."""
-    from dataclasses import replace
-
-    from base.errors import ArtefactError
-
     bundle = Bundle.load(bundle_path)
     other = replace(bundle, golden=bundle.golden.with_columns(pl.col("@p_click") + 1e-4))
-    with pytest.raises(ArtefactError, match=r"p_click of its golden rows differs by 9\.99\d*e-05; this machine"):
+    with pytest.raises(ArtefactError, match=r"p_click of its golden rows differs by [\d.e-]+; this machine"):
         publish_scores(other, platform.run.source.raw(DAY), target, key=["impression_id"], model_version="1")
     assert not target.parent.exists()

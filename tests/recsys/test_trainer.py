@@ -236,14 +236,13 @@ def test_old_weights_and_checkpoints_are_cleared_away(data: Any, tmp_path: Path)
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes every evaluation give the next of these numbers, and notes the weights it was made of."""
 
+    whole, predict = recsys.trainer.headline, recsys.trainer.predict
+
     def script(*objectives: float, metric: str = "log_loss") -> list[dict[str, Tensor]]:
         left, seen = list(objectives), []
-        whole = recsys.trainer.headline
 
         def headline(*arguments: Any) -> dict[str, float]:
             return {**whole(*arguments), metric: left.pop(0)}
-
-        predict = recsys.trainer.predict
 
         def noted(module: Any, model: Any, *rest: Any) -> pl.DataFrame:
             dense = {n: p for n, p in module.named_parameters() if ".tables." not in n}
