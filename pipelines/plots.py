@@ -106,25 +106,45 @@ def short(value: str, length: int = 18) -> str:
 # Curves
 
 
-def epochs(name: str, quantity: str, lines: Mapping[str, Sequence[float]], best: int) -> Plot:
-    """A quantity after each epoch; the first line is validation, further ones are drawn grey. `best` counts from 1."""
+Curve = Sequence[tuple[float, float]]
+"""Points (epochs done, value)."""
+
+
+def epochs(name: str, quantity: str, lines: Mapping[str, Curve], best: int) -> Plot:
+    """A quantity over epochs; the first line, validation, has a dot per epoch, further ones are drawn grey.
+
+    `best` counts from 1.
+    """
 
     def draw(figure: Figure, axes: Axes) -> None:
-        for i, (label, values) in enumerate(lines.items()):
-            colour, line = (MUTED, "--") if i else (MODEL, "-")
-            steps = range(1, len(values) + 1)
-            axes.plot(steps, values, marker="o", markersize=4.5, label=label, color=colour, linestyle=line)
+        for i, (label, points) in enumerate(lines.items()):
+            done, values = [p[0] for p in points], [p[1] for p in points]
+            if i:
+                axes.plot(done, values, label=label, color=MUTED)
+            else:
+                axes.plot(done, values, marker="o", markersize=4.5, label=label, color=MODEL)
         first = next(iter(lines.values()))
         axes.axvline(best, color=TRUTH, linewidth=1, linestyle=":", label=f"best epoch: {best}")
-        axes.plot(best, first[best - 1], "o", markersize=9, color=MODEL, markeredgecolor=TRUTH, markeredgewidth=1.6)
+        axes.plot(best, first[best - 1][1], "o", markersize=9, color=MODEL, markeredgecolor=TRUTH, markeredgewidth=1.6)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.set_xlim(0.6, len(first) + 0.4)
+        axes.set_xlim(0 if len(lines) > 1 else 0.6, len(first) + 0.4)
         axes.set_xlabel("epoch")
         axes.set_ylabel(quantity)
         axes.margins(y=0.12)
         _legend_above(figure, axes)
 
     return _plot(name, f"{quantity} by epoch", 2.9, draw)
+
+
+def loss_curve(name: str, curve: Curve) -> Plot:
+    """The training loss alone."""
+
+    def draw(figure: Figure, axes: Axes) -> None:
+        axes.plot([p[0] for p in curve], [p[1] for p in curve], color=MUTED)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("training loss")
+
+    return _plot(name, "training loss by epoch", 2.9, draw)
 
 
 def roc(name: str, curve: pl.DataFrame, truth: pl.DataFrame | None) -> Plot:

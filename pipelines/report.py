@@ -208,17 +208,20 @@ def _how_it_learned(facts: _Facts, drawn: list[Plot]) -> Html:
     if not history or not best:
         return Html()
     outputs = facts.bundle.outputs
-    train_loss = {"training": [entry["train_loss"] for entry in history]}
+    curve = [(float(done), float(loss)) for done, loss in facts.bundle.metrics.get("curve", [])]
+    train_loss = {"training": curve} if curve else {}
     figures: list[Html] = []
     for output in outputs:
-        loss, auc = ([e.get(f"{output.name}.{m}", math.nan) for e in history] for m in ("log_loss", "auc"))
+        loss, auc = (
+            [(e["epoch"], e.get(f"{output.name}.{m}", math.nan)) for e in history] for m in ("log_loss", "auc")
+        )
         # With several outputs the training loss is their sum, or something else again, and gets a figure of its own.
         beside = train_loss if len(outputs) == 1 else {}
         losses = plots.epochs(f"epochs-{output.name}-loss", "log loss", {"validation": loss, **beside}, best)
         ranks = plots.epochs(f"epochs-{output.name}-auc", "AUC", {"validation": auc}, best)
         figures += [_figure(drawn, losses, f"Log loss, {output.name}"), _figure(drawn, ranks, f"AUC, {output.name}")]
     if len(outputs) > 1:
-        figures.append(_figure(drawn, plots.epochs("epochs-loss", "training loss", train_loss, best), "Training loss"))
+        figures.append(_figure(drawn, plots.loss_curve("epochs-loss", curve), "Training loss"))
     return _tag(
         "section",
         _tag("h2", "How it learned"),

@@ -92,7 +92,7 @@ def _bundle(run: Run, fitted: FittedPipeline, trained: Trained) -> Bundle:
         features=fitted,
         schema=schema,
         settings=run.model_dump(mode="json"),
-        metrics={"best_epoch": trained.best_epoch, "history": trained.history},
+        metrics={"best_epoch": trained.best_epoch, "history": trained.history, "curve": trained.curve},
         golden=pl.DataFrame(),
     )
     held_out = run.source.checked(run.source.partitions("valid")[0]).filter(pl.col(REASON).is_null())

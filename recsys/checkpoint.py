@@ -27,8 +27,24 @@ class Position(Config):
     batch: int = 0
     """Batches done in this epoch."""
     step: int = 0
+    epoch_loss: float = 0.0
+    """Sum of this epoch's losses."""
+    window_loss: float = 0.0
+    """Sum of the losses since the last point of the curve."""
+    curve: tuple[tuple[float, float], ...] = ()
+    """Training loss by epochs done, in steps of a twentieth of an epoch."""
     history: tuple[dict[str, float], ...] = ()
     """One entry per evaluation."""
+
+    def after_step(self, loss: float, per_epoch: int) -> "Position":
+        """One batch further."""
+        every, batch = max(1, per_epoch // 20), self.batch + 1
+        window, curve = self.window_loss + loss, self.curve
+        if batch % every == 0:
+            curve, window = (*curve, (self.epoch + batch / per_epoch, window / every)), 0.0
+        moved = {"batch": batch, "step": self.step + 1, "epoch_loss": self.epoch_loss + loss}
+        return self.model_copy(update={**moved, "window_loss": window, "curve": curve})
+
     best: str | None = None
     """Version of the best weights."""
     finished: bool = False

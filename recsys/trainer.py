@@ -76,6 +76,9 @@ class Trained:
 
     weights: dict[str, Tensor]
     history: list[dict[str, float]]
+    """One entry per epoch: training loss, metrics on the validation rows."""
+    curve: list[tuple[float, float]]
+    """Training loss by epochs done."""
     best_epoch: int
     """Counted from 1."""
     rows_per_second: float
@@ -124,7 +127,6 @@ def train(
     per_epoch = fit.batches_per_epoch()
     while not at.finished:
         _set_rates(sharded, optimizer, config, at)
-        losses = torch.zeros((), dtype=torch.float64)
         sharded.module.train()
         for batch in fit.epoch(at.epoch, start=at.batch):
             torch.manual_seed(hash((config.seed, at.step)))  # dropout follows from the step, so resuming repeats it
@@ -138,20 +140,20 @@ def train(
                 raise DataError(
                     f"the loss became {value} at step {at.step}: lower train.table_learning_rate or learning_rate"
                 )
-            losses += value
-            at = at.model_copy(update={"batch": at.batch + 1, "step": at.step + 1})
+            at = at.after_step(value, per_epoch)
             seen += len(batch)
             on_step(_progress(at, config, per_epoch, seen, resumed_at, time.perf_counter() - started, value))
             if at.batch % config.checkpoint_every == 0 and at.batch < per_epoch:
                 checkpoint.save(folder, sharded, optimizer, at)
             faultpoint("trainer.step")
-        at = _close_epoch(at, config, sharded, model, valid, device, folder, float(losses) / max(1, at.batch))
+        at = _close_epoch(at, config, sharded, model, valid, device, folder)
         checkpoint.save(folder, sharded, optimizer, at)
     assert at.best is not None
     elapsed = time.perf_counter() - started
     history = [dict(entry) for entry in at.history]
     best = min(history, key=lambda entry: entry["objective"])
-    return Trained(checkpoint.load_best(folder, at.best), history, int(best["epoch"]), seen / elapsed, resumed_at)
+    kept = checkpoint.load_best(folder, at.best)
+    return Trained(kept, history, list(at.curve), int(best["epoch"]), seen / elapsed, resumed_at)
 
 
 def predict(module: Callable[..., Tensor], model: Model, stream: ExampleStream, device: torch.device) -> pl.DataFrame:
@@ -176,7 +178,6 @@ def _close_epoch(
     valid: ExampleStream,
     device: torch.device,
     folder: Path,
-    train_loss: float,
 ) -> Position:
     """Measure, keep the weights if they are the best so far, decide whether to go on."""
     sharded.module.eval()
@@ -189,7 +190,12 @@ def _close_epoch(
         raise DataError(
             f"{config.monitor} of the validation rows is {objective}: they hold one class only; choose other days"
         )
-    entry = {"epoch": float(at.epoch + 1), "step": float(at.step), "train_loss": train_loss, "objective": objective}
+    entry = {
+        "epoch": float(at.epoch + 1),
+        "step": float(at.step),
+        "train_loss": at.epoch_loss / at.batch,
+        "objective": objective,
+    }
     for output, found in metrics.items():
         entry |= {f"{output}.{k}": v for k, v in found.items() if k not in ("rows", "positives")}
     history = (*at.history, entry)
@@ -200,7 +206,15 @@ def _close_epoch(
     waited = len(objectives) - 1 - int(np.argmin(objectives))
     finished = at.epoch + 1 >= config.epochs or waited >= config.patience
     return at.model_copy(
-        update={"epoch": at.epoch + 1, "batch": 0, "history": history, "best": best, "finished": finished}
+        update={
+            "epoch": at.epoch + 1,
+            "batch": 0,
+            "epoch_loss": 0.0,
+            "window_loss": 0.0,
+            "history": history,
+            "best": best,
+            "finished": finished,
+        }
     )
 
 

@@ -45,7 +45,7 @@ FEATURES = FeaturePipeline(
 )
 MODEL = AutoIntConfig(dim=8, layers=2, heads=2, attention_dim=8)
 TRAIN = TrainConfig(
-    batch_size=256, epochs=2, learning_rate=2e-3, table_learning_rate=0.05, table_eps=1e-8, seed=1, threads=1
+    batch_size=128, epochs=2, learning_rate=2e-3, table_learning_rate=0.1, table_eps=1e-8, seed=1, threads=1
 )
 
 
@@ -77,4 +77,4 @@ def test_the_training_curve_is_the_one_kept(tmp_path: Path) -> None:
     assert kept.columns == found.columns
     for column in COLUMNS:
         assert found[column].to_list() == pytest.approx(kept[column].to_list(), rel=TOLERANCE), column
-    assert found["p_click.auc"][-1] > 0.6  # what is kept is a curve of something that learns
+    assert found["p_click.auc"][-1] > 0.65  # what is kept is a curve of something that learns

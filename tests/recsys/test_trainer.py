@@ -147,6 +147,7 @@ def test_resumed_anywhere_is_as_if_never_interrupted(stop_at: int, data: Any, tm
     assert resumed.history == whole.history
     assert same(resumed.weights, whole.weights)
     assert resumed.best_epoch == whole.best_epoch
+    assert checkpoint.position_of(tmp_path / "state") == checkpoint.position_of(tmp_path / "whole")
 
 
 def test_interrupted_again_and_again_it_still_arrives(data: Any, tmp_path: Path) -> None:
