@@ -161,11 +161,15 @@ def versions_of(target: Path) -> list[Path]:
 
 
 def prune(target: Path, *, keep: int, spare: Sequence[str] = ()) -> None:
-    """Remove old versions of `target`: all but the newest `keep`, the published one, and those named in `spare`."""
+    """Remove old versions of `target`: all but the newest `keep`, the published one, and those named in `spare`.
+
+    Sweeps what killed writers of `target` left, too.
+    """
     versions = target.parent / _VERSIONS
     if not versions.is_dir():
         return
     with _Lock(versions):
+        _sweep(versions, target.name)
         current = target.resolve()
         for version in versions_of(target)[:-keep]:
             if version != current and version_name(version) not in spare:
@@ -283,14 +287,19 @@ class _Lock:
 
 
 def _new_staging(versions: Path, name: str) -> tuple[Path, _Lock]:
-    """Sweep what killed writers of `name` left, then make a staging folder whose lock says that its writer lives."""
+    """A staging folder whose lock says that its writer lives."""
     with _Lock(versions):
-        for left in versions.glob(f".staging-{name}@*"):
-            with suppress(BlockingIOError, FileNotFoundError), _Lock(left, wait=False):
-                shutil.rmtree(left, ignore_errors=True)
+        _sweep(versions, name)
         folder = _staging_path(versions, name)
         folder.mkdir()
         return folder, _Lock(folder)
+
+
+def _sweep(versions: Path, name: str) -> None:
+    """Remove what killed writers of `name` left."""
+    for left in versions.glob(f".staging-{name}@*"):
+        with suppress(BlockingIOError, FileNotFoundError), _Lock(left, wait=False):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _staging_path(versions: Path, name: str) -> Path:

@@ -111,11 +111,12 @@ def score(run: "Run", partition: str | None, overwrite: bool, model: str) -> Non
 
 
 @verb
-def report(run: "Run") -> None:
+@partition_option
+def report(run: "Run", partition: str | None) -> None:
     """Write the report page of the last evaluation."""
     from pipelines.report import report
 
-    click.echo(report(run))
+    click.echo(report(run, partition=partition))
 
 
 @main.command()
@@ -187,6 +188,7 @@ def _quiet() -> None:
     """Libraries' chatter on import is not the user's business."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TORCH_LOGS", "-all")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     for name in ("torchrec", "torch", "mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -54,6 +54,31 @@ def leftovers(target: Path) -> list[str]:
     return sorted(p.name for p in (target.parent / ".versions").glob(".*"))
 
 
+Write = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Write]:
+    """Publishes files in a process of its own under an environment; returns its exit status and what it said."""
+    command = [sys.executable, ROOT / "tests/faults/children.py"]
+    environment = {**os.environ, "CHILDREN": str(tmp_path_factory.mktemp("children"))}
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as writers:
+        assert writers.stdin
+        assert writers.stdout
+        orders, answers = writers.stdin, writers.stdout
+
+        def write(target: Path, files: dict[str, str], **environment: str) -> tuple[int, str]:
+            arguments = {"target": str(target), "files": files}
+            print(json.dumps(["publish_files", arguments, environment]), file=orders, flush=True)
+            status, said, _ = json.loads(answers.readline())
+            return status, said
+
+        yield write
+        orders.close()
+
+
 # One writer
 
 
@@ -285,6 +310,15 @@ def test_prune_spares_the_published_and_the_named(target: Path) -> None:
     assert not c.exists()
 
 
+def test_prune_sweeps_what_a_killed_writer_left(target: Path, write: Write) -> None:
+    put(target, OLD)
+    assert write(target, NEW, RECSYS_FAULT="storage.sealed:kill") == (-signal.SIGKILL, "")
+    assert len(leftovers(target)) == 1
+    prune(target, keep=1)
+    assert leftovers(target) == []
+    assert read(target) == OLD
+
+
 def test_prune_where_nothing_is(target: Path) -> None:
     prune(target, keep=1)
     assert not target.parent.exists()
@@ -411,30 +445,6 @@ def test_of_two_overwriting_processes_both_finish_and_one_is_seen(target: Path) 
 
 
 # Faults
-
-Write = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture(scope="module")
-def write(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Write]:
-    """Publishes files in a process of its own under an environment; returns its exit status and what it said."""
-    command = [sys.executable, ROOT / "tests/faults/children.py"]
-    environment = {**os.environ, "CHILDREN": str(tmp_path_factory.mktemp("children"))}
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as writers:
-        assert writers.stdin
-        assert writers.stdout
-        orders, answers = writers.stdin, writers.stdout
-
-        def write(target: Path, files: dict[str, str], **environment: str) -> tuple[int, str]:
-            arguments = {"target": str(target), "files": files}
-            print(json.dumps(["publish_files", arguments, environment]), file=orders, flush=True)
-            status, said, _ = json.loads(answers.readline())
-            return status, said
-
-        yield write
-        orders.close()
 
 
 @pytest.mark.parametrize("overwritten", [OLD, {}], ids=["over a good one", "for the first time"])
