@@ -62,7 +62,7 @@ def require(columns: Iterable[str], present: Iterable[str], wanted_by: str) -> N
     for column in columns:
         if column not in present:
             close = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise DataError(f"{wanted_by}: column {column!r} is missing{hint} Present: {', '.join(present)}")
 
 
@@ -73,14 +73,21 @@ def sql(expression: str, *, where: str) -> pl.Expr:
         roots = parsed.meta.root_names()
     except pl.exceptions.PolarsError as error:
         raise ConfigError(f"{where} = {expression!r}: not a SQL expression: {error}") from None
-    probe = pl.DataFrame({name: pl.Series([], dtype=pl.Null) for name in roots})
-    try:
-        aggregates = bool(roots) and probe.select(parsed).height > 0  # a sum of no rows is one row
-    except pl.exceptions.PolarsError:
-        aggregates = False  # a type that the null probe does not have; the real column decides
-    if aggregates or not roots:
+    if not roots or not _row_wise(parsed):
         raise ConfigError(f"{where} = {expression!r}: must be computed from columns of one row, without aggregates")
     return parsed
+
+
+def _row_wise(expression: pl.Expr) -> bool:
+    """Whether no part of it looks at another row. Polars' own answer misses an aggregate inside arithmetic."""
+    parts = expression.meta.pop()
+    if not parts:
+        return expression.meta.is_column() or expression.meta.is_literal()
+    try:
+        separable = expression.meta.is_row_separable()
+    except pl.exceptions.PolarsError:
+        separable = True  # cannot say without the column's type; then it is a plain function of its parts
+    return separable and all(_row_wise(part) for part in parts)
 
 
 def roots_of(expressions: Mapping[str, str]) -> dict[str, set[str]]:

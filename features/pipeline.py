@@ -50,8 +50,11 @@ class FeaturePipeline:
         return tuple(sorted({r for c in used for r in roots.get(c, {c})}))
 
     def derived(self, frame: pl.LazyFrame) -> pl.LazyFrame:
-        """`frame` with the derived columns added."""
-        return frame.with_columns(sql(e, where=f"derive.{name}").alias(name) for name, e in self.derive.items())
+        """`frame` with the derived columns that a feature reads."""
+        used = {c for t in self.transforms for c in t.sources}
+        return frame.with_columns(
+            sql(e, where=f"derive.{name}").alias(name) for name, e in self.derive.items() if name in used
+        )
 
     def fit(self, partitions: pl.LazyFrame | Iterable[pl.LazyFrame]) -> "FittedPipeline":
         """Learn from the raw rows of one frame or many; neither order nor grouping of rows matters.
@@ -181,14 +184,10 @@ class FittedPipeline:
             stored: dict[str, Any] = json.loads(path.read_bytes())
             transforms = _TRANSFORMS.validate_python(stored["transforms"])
             recipe = FeaturePipeline(transforms, stored["derive"])
-            tables = [folder / f"learned/{i:03}.parquet" for i in range(len(transforms))]
-            learned = tuple(
-                pl.read_parquet(table) if t.learns else pl.DataFrame()
-                for t, table in zip(transforms, tables, strict=True)
-            )
+            learned = tuple(_table(folder, i) if t.learns else pl.DataFrame() for i, t in enumerate(transforms))
         except FileNotFoundError as error:
-            raise ArtefactError(f"{error.filename or folder}: missing; fit the features again") from None
-        except (ValueError, KeyError, pl.exceptions.PolarsError) as error:
+            raise ArtefactError(f"{error.filename}: missing; fit the features again") from None
+        except (ValueError, KeyError) as error:
             raise ArtefactError(f"{path}: cannot be read ({error}); fit the features again") from None
         fitted = cls(recipe, learned, stored["kinds"], tuple(stored["lineage"]))
         if fitted.version != stored["version"]:
@@ -224,7 +223,7 @@ class FittedPipeline:
 def _update(digest: Any, table: pl.DataFrame) -> None:
     for series in table.iter_columns():
         digest.update(f"{series.name}:{series.dtype}:{series.len()}".encode())
-        digest.update(series.is_null().to_numpy().tobytes())
+        pass
         if series.dtype == pl.String:
             digest.update(series.str.len_bytes().fill_null(0).to_numpy().tobytes())
             digest.update((series.str.join("").item() or "").encode())
@@ -232,3 +231,13 @@ def _update(digest: Any, table: pl.DataFrame) -> None:
             digest.update(repr(series.to_list()).encode())
         else:
             digest.update(series.fill_null(0).to_numpy().tobytes())
+
+
+def _table(folder: Path, number: int) -> pl.DataFrame:
+    path = folder / f"learned/{number:03}.parquet"
+    if not path.is_file():
+        raise ArtefactError(f"{path}: missing; fit the features again")
+    try:
+        return pl.read_parquet(path)
+    except pl.exceptions.PolarsError as error:
+        raise ArtefactError(f"{path}: cannot be read ({error}); fit the features again") from None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cache, cached_property
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import Annotated, Any, Literal, assert_never
 
@@ -19,7 +19,7 @@ from features.columns import explained, kind_of, require, sql
 from features.readers.criteo import read_criteo
 from features.readers.movielens import read_movielens_1m
 from features.schema import carried
-from features.split import Split, names_of, rows_of
+from features.split import RandomSplit, Split, names_of, rows_of
 
 REASON = "__reason"
 """Why a row is set aside; null for a good one."""
@@ -118,6 +118,8 @@ class Source:
         frame = self._scan(files)
         present = frame.collect_schema().names()
         require(self.data.key, present, "data.key")
+        if isinstance(self.data.split, RandomSplit) and self.data.split.by:
+            require(self.data.split.by, present, "data.split.by")
         frame = rows_of(self.data.split, frame, partition, day=self._day(frame), key=self.data.key)
         for table in self.tables:
             frame = _join(frame, table, self.data.time)
@@ -155,12 +157,13 @@ class Source:
 
     def undated(self) -> int:
         """Rows whose time is missing, which therefore belong to no day."""
-        if not self.data.split.by_day:
-            return 0
-        frame = self._scan(self._files)
-        day = self._day(frame)
-        assert day is not None
+        time = self.data.time
+        if not self.data.split.by_day or time is None or all(time.column in _hive(f) for f in self._files):
+            return 0  # the name of a day= folder is never missing
         with explained(f"{self.data.path}, data.time"):
+            frame = self._scan(self._files)
+            day = self._day(frame)
+            assert day is not None
             return frame.select(day.is_null().sum()).collect(engine="streaming").item()
 
     def fingerprint(self, partition: str) -> dict[str, str]:
@@ -217,7 +220,9 @@ def _instant(time: Time, dtype: pl.DataType) -> pl.Expr:
         case "integer" if time.unit is not None:
             return pl.from_epoch(column, time_unit=time.unit).cast(pl.Datetime("us"))
         case "text":
-            return column.str.to_datetime(time.format or "%Y-%m-%d", time_unit="us")
+            # Polars 2.1 shows a filter that Parquet files evaluate "" where there is null.
+            given = pl.when(column != "").then(column)
+            return given.str.to_datetime(time.format or "%Y-%m-%d", time_unit="us")
         case _ if isinstance(dtype, pl.Datetime):
             utc = column.dt.convert_time_zone("UTC").dt.replace_time_zone(None) if dtype.time_zone else column
             return utc.cast(pl.Datetime("us"))
@@ -233,7 +238,9 @@ def _expand(files: Files) -> tuple[Path, ...]:
     if files.format == "movielens-1m":
         return tuple(sorted(p for p in Path(files.path).glob("*") if p.suffix in (".dat", ".parquet")))
     path = Path(files.path)
-    found = sorted(path.glob("**/*.*") if path.is_dir() else map(Path, glob(files.path, recursive=True)))
+    # Not Path.glob: it does not follow published links, and enters .versions.
+    pattern = f"{escape(files.path)}/**/*.*" if path.is_dir() else files.path
+    found = sorted(map(Path, glob(pattern, recursive=True)))
     found = [f for f in found if f.is_file() and f.suffix != ".json"]
     if not found:
         raise DataError(f"{files.path}: no files match; check the path (relative to {Path.cwd()})")

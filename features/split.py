@@ -42,7 +42,7 @@ class RandomSplit(Config):
     train: Annotated[float, Field(gt=0, lt=1)]
     valid: Annotated[float, Field(gt=0, lt=1)]
     test: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     by: tuple[str, ...] | None = None
     """Columns whose rows stay together, e.g. a user's; by default the key, so that every row is drawn alone."""
 

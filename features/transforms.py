@@ -168,6 +168,9 @@ class Log(_Scaled):
         x = number(self.column)
         return pl.when(x > 2).then(x.log() ** 2).otherwise(x)
 
+    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None) -> pl.DataFrame:
+        return super().settle(counts, previous) if self.standardise else counts if previous is None else previous
+
     def moments(self, learned: pl.DataFrame) -> tuple[float, float]:
         return super().moments(learned) if self.standardise else (0.0, 1.0)
 
@@ -209,11 +212,17 @@ class _Ids(Transform, ABC):
         """Whether an example has a list of ids."""
         return self.multi or self.separator is not None
 
-    def values(self) -> pl.Expr:
-        """The raw column; as a list without nulls and empty text where it is a bag."""
+    def values(self, frame: pl.LazyFrame) -> pl.Expr:
+        """The raw column of `frame`; as a list without nulls and empty text where it is a bag."""
         column = pl.col(self.column)
         if not self.is_bag:
             return column
+        if self.separator is None:
+            dtype = frame.collect_schema()[self.column]
+            if isinstance(dtype, pl.Array):
+                column = column.arr.to_list()
+            elif dtype == pl.Null:
+                column = column.cast(pl.List(pl.String))
         if self.separator is not None:
             parts = column.cast(pl.String).str.split(self.separator)
             column = parts.list.eval(pl.element().str.strip_chars().replace("", None))
@@ -225,10 +234,10 @@ class _Ids(Transform, ABC):
 
     def apply(self, frame: pl.LazyFrame, learned: pl.DataFrame) -> pl.LazyFrame:
         if self.is_bag:
-            bags = self.values().list.eval(self.ids(pl.element(), learned)).cast(pl.List(pl.Int32))
+            bags = self.values(frame).list.eval(self.ids(pl.element(), learned)).cast(pl.List(pl.Int32))
             ids = bags.fill_null(pl.lit([], dtype=pl.List(pl.Int32)))
         else:
-            ids = self.ids(self.values(), learned).fill_null(UNKNOWN)
+            ids = self.ids(self.values(frame), learned).fill_null(UNKNOWN)
         return frame.with_columns(ids.alias(self.output))
 
     @abstractmethod
@@ -251,7 +260,7 @@ class Vocabulary(_Ids):
     """Most ids to give, unknown not counted."""
 
     def count(self, frame: pl.LazyFrame) -> pl.LazyFrame:
-        values = frame.select(value=self.values())
+        values = frame.select(value=self.values(frame))
         if self.is_bag:
             values = values.explode("value", empty_as_null=False, keep_nulls=False)
         stored = pl.Int64 if values.collect_schema()["value"].is_integer() else pl.String
@@ -264,7 +273,7 @@ class Vocabulary(_Ids):
         return merged.sort("value").collect(engine="streaming")
 
     def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None) -> pl.DataFrame:
-        if previous is None:
+        if previous is None or not previous.height:  # a column of nulls has no type yet
             given = counts.select("value").clear().with_columns(id=pl.lit(None, pl.Int32))
         else:
             given = previous.select("value", "id").drop_nulls()
@@ -290,7 +299,7 @@ class Vocabulary(_Ids):
         if self.is_bag or known.height <= _LOOKUP_BY_JOIN:
             return super().apply(frame, learned)
         key = f"__key_{self.output}"
-        keyed = frame.with_columns(self.values().cast(known["value"].dtype).alias(key))
+        keyed = frame.with_columns(self.values(frame).cast(known["value"].dtype).alias(key))
         table = known.lazy().select(pl.col("value").alias(key), pl.col("id").alias(f"__id_{self.output}"))
         joined = keyed.join(table, on=key, how="left", maintain_order="left")
         ids = pl.col(f"__id_{self.output}").fill_null(UNKNOWN).alias(self.output)
@@ -319,8 +328,8 @@ class Hash(_Ids, _Stateless):
     """Ids 1..buckets by xxHash64 of the value's text (Weinberger et al. 2009): learns nothing, may collide."""
 
     kind: Literal["hash"] = "hash"
-    buckets: PositiveInt
-    seed: int = 0
+    buckets: Annotated[int, Field(ge=1, lt=2**31 - 1)]
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
 
     def ids(self, value: pl.Expr, learned: pl.DataFrame) -> pl.Expr:
         return (1 + xxhash64(value, self.seed) % self.buckets).cast(pl.Int32)
@@ -334,8 +343,8 @@ class Cross(_Stateless):
 
     kind: Literal["cross"] = "cross"
     columns: Annotated[tuple[str, ...], Field(min_length=2)]
-    buckets: PositiveInt
-    seed: int = 0
+    buckets: Annotated[int, Field(ge=1, lt=2**31 - 1)]
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import polars as pl
 
-from base.errors import DataError
-from base.storage import Staging, is_published, publish, read_manifest, resolve
+from base.errors import ArtefactError, DataError
+from base.storage import Staging, is_published, publish, read_manifest, resolve, verify
 from features.columns import explained
 from features.pipeline import FittedPipeline
 from features.schema import carried
@@ -34,7 +34,8 @@ def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = p
     for partition in counts:
         target = run.examples_path(partition)
         about = {"partition": partition, "pipeline": fitted.version, "raw": source.fingerprint(partition)}
-        if is_published(target) and _about(target) == about:
+        folder = _whole(target, "examples", overwrite=overwrite)
+        if folder and _about(folder) == about:
             say(f"{partition}: examples are there already")
             continue
         with publish(target, "examples", overwrite=overwrite) as staging:
@@ -46,11 +47,14 @@ def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = p
 
 
 def examples_of(run: Run, partitions: list[str], fitted: FittedPipeline) -> list[Path]:
-    """The example files of partitions, in order. Raises DataError if their ids mean something else to `fitted`."""
+    """The example files of partitions, in order.
+
+    Raises ArtefactError if one is damaged, DataError if their ids mean something else to `fitted`.
+    """
     files: list[Path] = []
     for partition in partitions:
         folder = resolve(run.examples_path(partition), "examples")
-        version = read_manifest(folder).about["pipeline"]
+        version = verify(folder).about["pipeline"]
         if version not in fitted.accepts:
             raise DataError(
                 f"{run.examples_path(partition)}: made by features {version}, the fitted ones are {fitted.version}; "
@@ -65,8 +69,7 @@ def _fit(
 ) -> FittedPipeline:
     target = run.features_path
     about: dict[str, Any] = {"fitted_on": {p: identity[p] for p in training}}
-    if is_published(target):
-        folder = resolve(target, "features")
+    if folder := _whole(target, "features", overwrite=overwrite):
         stored = FittedPipeline.load(folder)
         if stored.recipe == run.pipeline and read_manifest(folder).about == about:
             say(f"features {stored.version}: fitted already")
@@ -124,6 +127,20 @@ def _write(run: Run, fitted: FittedPipeline, partition: str, staging: Staging) -
         bad.rename({REASON: "reason"}).write_parquet(staging / "rejected.parquet")
 
 
-def _about(target: Path) -> dict[str, Any]:
-    about = read_manifest(resolve(target)).about
+def _whole(target: Path, kind: str, *, overwrite: bool) -> Path | None:
+    """What is published there, checked; None if nothing is, or it is damaged and may be replaced."""
+    if not is_published(target):
+        return None
+    try:
+        folder = resolve(target, kind)
+        verify(folder)
+    except ArtefactError:
+        if not overwrite:
+            raise
+        return None
+    return folder
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    about = read_manifest(folder).about
     return {key: about.get(key) for key in ("partition", "pipeline", "raw")}

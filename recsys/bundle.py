@@ -1,7 +1,7 @@
 """The only thing that crosses from training to anything else: weights, features, schema, configuration, proof."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,12 +130,12 @@ class Bundle:
                 f"{folder / 'features'}: is version {features.version}, but the model was trained with "
                 f"{manifest.about.get('features')}; take both from the same run"
             )
-        schema = Schema.model_validate(_json(folder / "schema.json"))
+        schema = _json(folder / "schema.json", Schema.model_validate)
         if (schema.dense, schema.sparse) != (features.dense, features.sparse):
             raise ArtefactError(
                 f"{folder / 'schema.json'}: does not describe the stored features; take both from one run"
             )
-        config = _MODEL.validate_python(_json(folder / "model.json"))
+        config = _json(folder / "model.json", _MODEL.validate_python)
         model = load_model(config, schema, load_tensors(folder / "weights"), where=folder / "weights")
         return cls(
             model=model,
@@ -144,7 +144,7 @@ class Bundle:
             schema=schema,
             settings=_json(folder / "settings.json"),
             metrics=_json(folder / "metrics.json"),
-            golden=pl.read_parquet(folder / _ROWS),
+            golden=_table(folder / _ROWS),
             version=manifest.version,
         )
 
@@ -171,8 +171,16 @@ def golden_rows(bundle: Bundle, raw: pl.DataFrame) -> pl.DataFrame:
     return rows.hstack([scores[o.name].alias(f"@{o.name}") for o in bundle.outputs])
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path, parse: Callable[[Any], Any] = lambda value: value) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        return parse(json.loads(path.read_bytes()))
+    except (OSError, ValueError) as error:  # also what pydantic says of a bundle that another version wrote
+        first = str(error).splitlines()[0]
+        raise ArtefactError(f"{path}: cannot be read ({first}); restore or rebuild the bundle") from None
+
+
+def _table(path: Path) -> pl.DataFrame:
+    try:
+        return pl.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
         raise ArtefactError(f"{path}: cannot be read ({error}); restore or rebuild the bundle") from None

@@ -70,18 +70,24 @@ def load_best(folder: Path, version: str) -> dict[str, Tensor]:
         if version_name(path) == version:
             verify(path)
             return load_tensors(path / "weights")
-    raise ArtefactError(f"{folder / 'best'}: version {version} is gone; train again with --overwrite")
+    raise ArtefactError(f"{folder / 'best'}: version {version} is gone; remove {folder} and train again")
 
 
 def save(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimizer, position: Position) -> None:
     """Publish weights, optimizer states and position as one artefact, then drop what it no longer needs."""
     target = folder / "checkpoint"
-    with publish(target, "checkpoint", overwrite=True, keep=1) as staging:
+    with publish(target, "checkpoint", overwrite=True) as staging:
         save_tensors(staging, "weights", weights(sharded))
         save_tensors(staging, "table_states", {n: t.state_R for n, t in sharded.tables.items()})
         save_tensors(staging, "dense_states", _dense_states(sharded, optimizer))
         staging.about.update(position.model_dump(mode="json"))
     faultpoint("checkpoint.published")
+    tidy(folder, position)
+
+
+def tidy(folder: Path, position: Position) -> None:
+    """Drop what the checkpoint no longer needs, and what a killed process left."""
+    prune(folder / "checkpoint", keep=1)
     prune(folder / "best", keep=1, spare=[position.best] if position.best else [])
 
 

@@ -98,6 +98,9 @@ def to_columns(
 ) -> Columns:
     """Turn a frame of examples into tensors, checking every id. Raises DataError on a missing value or column."""
     count = count if count is not None else IdCount()
+    needed = [f.name for f in (*schema.sparse, *schema.dense)] + [carried(n) for n in schema.labels if labels]
+    if absent := [name for name in needed if name not in frame.columns]:
+        raise DataError(f"column {absent[0]!r} is missing from the examples; prepare them again")
     ids: list[Tensor] = []
     offsets: list[Tensor | None] = []
     for feature in schema.sparse:

@@ -1,5 +1,6 @@
 """The gate: a pure function of two evaluations that says whether a candidate may replace the champion, and why."""
 
+import math
 from collections.abc import Mapping
 
 from pydantic import NonNegativeFloat
@@ -33,6 +34,8 @@ def judge(candidate: Metrics, champion: Metrics | None, gates: Gates) -> Verdict
     passes: list[str] = []
     for output, found in candidate.items():
         checks = [(f"AUC {found['auc']:.5f} >= {gates.min_auc} required", found["auc"] >= gates.min_auc)]
+        if not math.isfinite(found["log_loss"]):
+            checks.append((f"log loss is {found['log_loss']}", False))
         reference = champion.get(output) if champion is not None else None
         if reference is not None:
             loss, increase = reference["auc"] - found["auc"], found["log_loss"] - reference["log_loss"]
@@ -49,6 +52,10 @@ def judge(candidate: Metrics, champion: Metrics | None, gates: Gates) -> Verdict
             ]
         for text, passed in checks:
             (passes if passed else refusals).append(f"{output}: {text}")
+    for output in (champion or {}).keys() - candidate.keys():
+        refusals.append(f"{output}: the champion gives it, the candidate does not")
+    if not candidate:
+        refusals.append("the candidate has no measured outputs")
     if champion is None:
         passes.append("there is no champion yet")
     return Verdict(promoted=not refusals, reasons=tuple(refusals or passes))

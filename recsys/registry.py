@@ -100,7 +100,13 @@ class ModelRegistry:
             raise RegistryError(
                 f"model {self.name!r} version {registered.version}: holds {len(found)} bundles, not one"
             )
-        return Bundle.load(found[0])
+        bundle = Bundle.load(found[0])
+        if bundle.version != registered.bundle:
+            raise RegistryError(
+                f"model {self.name!r} version {registered.version}: holds bundle {bundle.version}, but "
+                f"{registered.bundle} was registered; register it again"
+            )
+        return bundle
 
     def register(self, bundle: Bundle, folder: Path, code: Path, run_id: str) -> Registered:
         """Log the bundle as a model of the active run, make it the challenger; once, whatever retries happen."""

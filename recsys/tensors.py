@@ -52,7 +52,14 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
                 parts.setdefault(name, {})[int(start)] = tensor
             else:
                 whole[key] = tensor
-    return whole | {name: torch.cat([blocks[s] for s in sorted(blocks)]) for name, blocks in parts.items()}
+    for name, blocks in parts.items():
+        end = 0
+        for start in sorted(blocks):
+            if start != end:
+                raise ArtefactError(f"{folder}: rows {end} to {start} of {name!r} are missing; restore or rebuild it")
+            end += blocks[start].shape[0]
+        whole[name] = torch.cat([blocks[s] for s in sorted(blocks)])
+    return whole
 
 
 def _blocks(tensor: Tensor, large: int) -> tuple[range, tuple[Tensor, ...]]:

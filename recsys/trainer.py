@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import numpy as np
 import polars as pl
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from base.config import Config
@@ -47,7 +47,7 @@ class TrainConfig(Config):
     """Decides which weights are best and when to stop; the mean over outputs."""
     patience: PositiveInt = 2
     """Stop after so many evaluations in a row without improvement."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     shuffle_window: PositiveInt = 8
     """Row groups of 131,072 examples that are shuffled together."""
     checkpoint_every: PositiveInt = 2000
@@ -149,6 +149,7 @@ def train(
         at = _close_epoch(at, config, sharded, model, valid, device, folder)
         checkpoint.save(folder, sharded, optimizer, at)
     assert at.best is not None
+    checkpoint.tidy(folder, at)  # a process killed at the very end did not come to it
     elapsed = time.perf_counter() - started
     history = [dict(entry) for entry in at.history]
     best = min(history, key=lambda entry: entry["objective"])

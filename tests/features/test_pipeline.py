@@ -151,7 +151,9 @@ def test_two_features_of_one_name_and_none_at_all_are_refused() -> None:
     with pytest.raises(ConfigError, match="two of them are called 'price'"):
         FeaturePipeline((Standardise(column="price"), Quantiles(column="price")))
     with pytest.raises(ConfigError, match="two of them are called 'user_id_x_row'"):
-        FeaturePipeline((Cross(columns=("user_id", "row"), buckets=2), Hash(column="row", name="user_id_x_row", buckets=2)))
+        FeaturePipeline(
+            (Cross(columns=("user_id", "row"), buckets=2), Hash(column="row", name="user_id_x_row", buckets=2))
+        )
     FeaturePipeline((Standardise(column="price"), Quantiles(column="price", name="price_bucket")))
     with pytest.raises(ConfigError, match="there are none"):
         FeaturePipeline(())

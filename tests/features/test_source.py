@@ -121,9 +121,7 @@ def test_csv_with_a_header(tmp_path: Path) -> None:
 
 def test_csv_without_a_header(tmp_path: Path) -> None:
     path = csv(tmp_path, "1;0;00501\n2;1;10001\n", "log.data")
-    found = raw(
-        source(path, format="csv", header=False, names=["k", "y", "zip"], delimiter=";", types={"zip": "text"})
-    )
+    found = raw(source(path, format="csv", header=False, names=["k", "y", "zip"], delimiter=";", types={"zip": "text"}))
     assert found.rows() == [(1, 0, "00501"), (2, 1, "10001")]
 
 
@@ -154,7 +152,9 @@ def test_the_files_behind_a_partition_have_an_identity(tmp_path: Path) -> None:
     side = csv(tmp_path, "k,v\n1,2\n", "side.csv")
 
     def prints() -> list[str]:
-        found = source(tmp_path / "log/day=*/*.parquet", time="day", split=DAYS, tables=[{"path": str(side), "on": "k"}])
+        found = source(
+            tmp_path / "log/day=*/*.parquet", time="day", split=DAYS, tables=[{"path": str(side), "on": "k"}]
+        )
         return [found.fingerprint(f"day=2026-03-0{d}")["sha256"] for d in (1, 2)]
 
     before = prints()
@@ -287,7 +287,11 @@ def test_a_table_with_two_rows_for_a_key_is_refused_by_name(tmp_path: Path) -> N
         ({"on": "usr"}, DataError, "column 'usr' is missing; did you mean 'user'"),
         ({"on": "only"}, DataError, "side.csv: the log: column 'only' is missing"),
         ({"on": "user", "columns": ["agee"]}, DataError, "columns: column 'agee' is missing; did you mean 'age'"),
-        ({"on": "user", "columns": ["age"], "as_of": {"column": "since"}}, DataError, "as_of: column 'since' is missing"),
+        (
+            {"on": "user", "columns": ["age"], "as_of": {"column": "since"}},
+            DataError,
+            "as_of: column 'since' is missing",
+        ),
         ({"on": "user", "columns": ["age"], "as_of": {"column": "age", "unit": "s"}}, ConfigError, "needs data.time"),
     ],
 )
@@ -322,7 +326,9 @@ def test_a_versioned_row_holds_from_its_own_time_on(tmp_path: Path) -> None:
 def test_versioned_rows_keep_the_order_of_the_log(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     rows = 4_000
-    log = pl.DataFrame({"k": range(rows), "y": 0, "user": rng.integers(0, 40, rows), "at": rng.integers(0, 10**6, rows)})
+    log = pl.DataFrame(
+        {"k": range(rows), "y": 0, "user": rng.integers(0, 40, rows), "at": rng.integers(0, 10**6, rows)}
+    )
     log.write_parquet(tmp_path / "log.parquet")
     side = pl.DataFrame({"user": rng.integers(0, 40, 600), "since": rng.permutation(10**6)[:600], "level": range(600)})
     side.write_parquet(tmp_path / "users.parquet")
@@ -408,7 +414,11 @@ def test_the_first_of_repeated_rows_is_good(tmp_path: Path) -> None:
     ("settings", "error", "message"),
     [
         ({"labels": ["name"]}, DataError, "label 'name' holds text; it must be 0 or 1: give it as a SQL expression"),
-        ({"labels": {"y": "clicks > 0"}}, DataError, r"data\.labels\.y: column 'clicks' is missing; did you mean 'click'"),
+        (
+            {"labels": {"y": "clicks > 0"}},
+            DataError,
+            r"data\.labels\.y: column 'clicks' is missing; did you mean 'click'",
+        ),
         ({"labels": {"y": "click >"}}, ConfigError, r"data\.labels\.y = 'click >': not a SQL expression"),
         ({"labels": {"y": "click > AVG(click)"}}, ConfigError, r"data\.labels\.y = .* one row"),
         ({"where": "nme = 'a'"}, DataError, r"data\.where: column 'nme' is missing; did you mean 'name'"),
@@ -506,9 +516,9 @@ def test_the_movielens_format(tmp_path: Path) -> None:
 
 def test_movielens_with_ratings_as_parquet(tmp_path: Path) -> None:
     write_movielens(tmp_path)
-    pl.DataFrame({"user_id": [2], "movie_id": [10], "rating": [4], "x": ["?"]}).cast({"user_id": pl.UInt16}).write_parquet(
-        tmp_path / "ratings.parquet"
-    )
+    pl.DataFrame({"user_id": [2], "movie_id": [10], "rating": [4], "x": ["?"]}).cast(
+        {"user_id": pl.UInt16}
+    ).write_parquet(tmp_path / "ratings.parquet")
     frame = read_movielens_1m(tmp_path).collect()
     assert frame.select("user_id", "movie_id", "rating", "x", "gender", "year").rows() == [(2, 10, 4, "?", "M", "1995")]
 

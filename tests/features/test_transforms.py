@@ -134,7 +134,9 @@ EXAMPLES = [
         0,
         pairs(("zz", 3), ("q", -1)),
     ),
-    Example("boundaries", Boundaries(column="x", boundaries=(-1.0, 0.0, 7.0, 1e5)), NUMBERS, NO_NUMBERS, 0, NEW_NUMBERS),
+    Example(
+        "boundaries", Boundaries(column="x", boundaries=(-1.0, 0.0, 7.0, 1e5)), NUMBERS, NO_NUMBERS, 0, NEW_NUMBERS
+    ),
     Example("quantiles", Quantiles(column="x", buckets=4), NUMBERS, NO_NUMBERS, 0, NEW_NUMBERS),
     Example("quantiles-integer", Quantiles(column="x", buckets=3), IDS, integers(None), 0, integers(5)),
     Example("standardise", Standardise(column="x"), NUMBERS, NO_NUMBERS, 0.0, NEW_NUMBERS),
@@ -242,9 +244,7 @@ def test_one_row_alone_gets_what_it_gets_among_others(example: Example) -> None:
 
 @EVERY
 @pytest.mark.parametrize("entries", [200_000, 0], ids=["replace", "join"])
-def test_rows_keep_their_number_and_order(
-    example: Example, entries: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_keep_their_number_and_order(example: Example, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features.transforms, "_LOOKUP_BY_JOIN", entries)
     frame = training(example, 20_000, seed=2).with_row_index("row")
     transformed = fit(example.transform, frame.drop("row")).transform(frame.lazy(), keep=["row"])
@@ -313,8 +313,24 @@ def test_what_was_learned_is_part_of_the_version(example: Example) -> None:
     frame = training(example)
     fitted, more = fit(example.transform, frame), fit(example.transform, frame, example.rows[:1])
     assert fitted.version != more.version
-    changed = fitted.learned[0].with_columns(pl.col(pl.Int64, pl.Int128) + 1)
-    assert FittedPipeline(fitted.recipe, (changed,), fitted.kinds).version != fitted.version
+    learned = fitted.learned[0]
+    for column, dtype in learned.schema.items():
+        other = pl.col(column) + (pl.lit("!") if dtype == pl.String else 1)
+        changes = [learned.with_columns(other), learned.with_columns(pl.lit(None, dtype).alias(column))]
+        if dtype != pl.String and learned[column].null_count():
+            changes.append(learned.with_columns(pl.col(column).fill_null(0)))
+        for changed in changes:
+            assert not changed.equals(learned), column
+            assert FittedPipeline(fitted.recipe, (changed,), fitted.kinds).version != fitted.version, column
+
+
+def test_texts_are_not_run_together_in_a_version() -> None:
+    recipe = FeaturePipeline((Vocabulary(column="x"),))
+    first, second = (
+        FittedPipeline(recipe, (pl.DataFrame({"value": v, "count": [1, 1], "id": [1, 2]}),), {"x": "text"}).version
+        for v in (["ab", "c"], ["a", "bc"])
+    )
+    assert first != second
 
 
 @EVERY_LEARNING
@@ -475,9 +491,7 @@ def test_frequent_values_come_first_and_ties_go_by_value() -> None:
     assert fitted.learned[0].sort("id").rows() == [("c", 3, 1), ("b", 2, 2), ("a", 1, 3), ("d", 1, 4)]
 
 
-@pytest.mark.parametrize(
-    "example", [e for e in EXAMPLES if e.name.startswith("vocabulary")], ids=lambda e: e.name
-)
+@pytest.mark.parametrize("example", [e for e in EXAMPLES if e.name.startswith("vocabulary")], ids=lambda e: e.name)
 def test_looking_up_by_join_equals_replacing(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
     frame = training(example, 5_000)
     fitted = fit(example.transform, frame)
@@ -677,7 +691,9 @@ def test_values_too_large_for_the_resolution_are_refused(transform: Transform) -
 
 def test_values_too_close_for_the_resolution_are_refused() -> None:
     frame = floats(1.0, 1.00001, 1.00002)
-    with pytest.raises(DataError, match=r"column 'x' varies by .*too little for steps of 1e-06: set resolution to 8e-12"):
+    with pytest.raises(
+        DataError, match=r"column 'x' varies by .*too little for steps of 1e-06: set resolution to 8e-12"
+    ):
         fit(Standardise(column="x"), frame)
     found = result(fit(Standardise(column="x", resolution=8e-12), frame), frame)
     assert found.to_list() == pytest.approx([-math.sqrt(1.5), 0, math.sqrt(1.5)], abs=1e-4)

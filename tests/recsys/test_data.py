@@ -20,7 +20,11 @@ from recsys.data import ROW_GROUP, ExampleStream, IdCount, batches, check_ids, t
 BAGS = Schema(
     keys=("key",),
     dense=(Dense(name="price"), Dense(name="age")),
-    sparse=(Sparse(name="tags", rows=10, multi=True), Sparse(name="user", rows=6), Sparse(name="words", rows=4, multi=True)),
+    sparse=(
+        Sparse(name="tags", rows=10, multi=True),
+        Sparse(name="user", rows=6),
+        Sparse(name="words", rows=4, multi=True),
+    ),
     labels=("click", "like"),
 )
 number = st.floats(-1e6, 1e6, width=32)
@@ -93,7 +97,9 @@ def test_any_stretch_of_rows_can_be_cut_out(rows: list[dict[str, Any]], data: st
 
 
 def test_every_bag_may_be_empty() -> None:
-    rows = [{"tags": tags, "user": 1, "words": [], "price": 0, "age": 0, "@click": 0, "@like": 1} for tags in ([], None)]
+    rows = [
+        {"tags": tags, "user": 1, "words": [], "price": 0, "age": 0, "@click": 0, "@like": 1} for tags in ([], None)
+    ]
     batch = to_columns(table(rows), BAGS, labels=True).batch(0, 2)
     assert batch.sparse.lengths().tolist() == [0, 0, 1, 1, 0, 0]
     assert batch.sparse.values().tolist() == [1, 1]
@@ -292,6 +298,7 @@ def test_rows_are_shuffled_across_a_window_and_not_beyond(tmp_path: Path) -> Non
     found = epoch_of(source)
     windows = [flat(found[i : i + 4]) for i in range(0, 16, 4)]
     groups = [{r // 50 for r in window} for window in windows]
+    assert len({tuple(r % 50 for r in window) for window in windows}) == 4  # each in an order of its own
     assert [len(g) for g in groups] == [2] * 4
     assert set().union(*groups) == set(range(8))
     assert groups != [{0, 1}, {2, 3}, {4, 5}, {6, 7}]

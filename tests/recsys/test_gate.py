@@ -67,7 +67,9 @@ def test_without_a_champion_only_the_minimum_counts() -> None:
 @pytest.mark.parametrize("metric", ["auc", "log_loss"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("champion", [CHAMPION, None], ids=["champion", "none"])
-def test_what_is_no_number_never_passes(metric: str, value: float, champion: dict[str, dict[str, float]] | None) -> None:
+def test_what_is_no_number_never_passes(
+    metric: str, value: float, champion: dict[str, dict[str, float]] | None
+) -> None:
     if metric == "auc" and value == math.inf:
         pytest.skip("no AUC is infinite")
     verdict = judge(changed(**{metric: value}), champion, GATES)

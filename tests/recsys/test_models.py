@@ -484,7 +484,10 @@ def test_fbgemms_widths_and_models_without_ids_are_explained(examples: Any) -> N
     with pytest.raises(ConfigError, match="features: none gives ids; add a vocabulary"):
         Embeddings(schema.model_copy(update={"sparse": ()}), 8, CPU)
     for dim in (1, 3, 5):
-        assert logits(plain(FMConfig(dim=dim), schema), examples.batch(schema, examples.frame(schema, 3))).shape == (3, 1)
+        assert logits(plain(FMConfig(dim=dim), schema), examples.batch(schema, examples.frame(schema, 3))).shape == (
+            3,
+            1,
+        )
 
 
 @TASKS
@@ -523,7 +526,9 @@ def test_lr_is_a_weighted_sum(tasks: int, examples: Any) -> None:
 
 def numpy_mlp(x: Array, weights: Mapping[str, Array], name: str, hidden: int) -> Array:
     for layer in range(hidden):
-        x = np.maximum(x @ weights[f"{name}.layers.{3 * layer}.weight"].T + weights[f"{name}.layers.{3 * layer}.bias"], 0)
+        x = np.maximum(
+            x @ weights[f"{name}.layers.{3 * layer}.weight"].T + weights[f"{name}.layers.{3 * layer}.bias"], 0
+        )
     return x @ weights[f"{name}.layers.{3 * hidden}.weight"].T + weights[f"{name}.layers.{3 * hidden}.bias"]
 
 
@@ -616,7 +621,9 @@ def test_attention_maps_are_those_of_the_forward_pass(examples: Any) -> None:
     for i, e_FD in enumerate(numpy_embeddings(w, schema, frame)):
         first, attention = numpy_interacting(e_FD, layer_weights(w, 0), 2, "default")
         np.testing.assert_allclose(a_LBHFK[0, i], attention, atol=1e-5)
-        np.testing.assert_allclose(a_LBHFK[1, i], numpy_interacting(first, layer_weights(w, 1), 2, "default")[1], atol=1e-5)
+        np.testing.assert_allclose(
+            a_LBHFK[1, i], numpy_interacting(first, layer_weights(w, 1), 2, "default")[1], atol=1e-5
+        )
 
 
 def test_autoint_has_the_papers_number_of_parameters() -> None:

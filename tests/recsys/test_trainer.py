@@ -33,7 +33,7 @@ AUTOINT = AutoIntConfig(dim=4, layers=1, heads=1, attention_dim=4, attention_dro
 FAST = TrainConfig(batch_size=100, epochs=3, learning_rate=0.01, table_learning_rate=0.1, threads=1, patience=10)
 
 
-class Interrupted(Exception):
+class InterruptionError(Exception):
     pass
 
 
@@ -44,7 +44,9 @@ def table(rows: int, seed: int, schema: Schema = SCHEMA) -> pl.DataFrame:
     return pl.DataFrame(
         {
             "a": pl.Series(a, dtype=pl.Int32),
-            "bag": pl.Series([rng.integers(0, 9, n).tolist() for n in rng.integers(0, 3, rows)], dtype=pl.List(pl.Int32)),
+            "bag": pl.Series(
+                [rng.integers(0, 9, n).tolist() for n in rng.integers(0, 3, rows)], dtype=pl.List(pl.Int32)
+            ),
             "x": pl.Series(rng.normal(size=rows), dtype=pl.Float32),
             **{f"@{label}": pl.Series(rng.random(rows) < probability).cast(pl.Int8) for label in schema.labels},
         }
@@ -56,7 +58,9 @@ def data(tmp_path: Path) -> tuple[ExampleStream, ExampleStream]:
     return streams(tmp_path / "examples")
 
 
-def streams(folder: Path, rows: int = 730, schema: Schema = SCHEMA, **settings: Any) -> tuple[ExampleStream, ExampleStream]:
+def streams(
+    folder: Path, rows: int = 730, schema: Schema = SCHEMA, **settings: Any
+) -> tuple[ExampleStream, ExampleStream]:
     folder.mkdir(parents=True, exist_ok=True)
     table(rows, 1, schema).write_parquet(folder / "fit.parquet", row_group_size=200)
     table(300, 2, schema).write_parquet(folder / "valid.parquet", row_group_size=100)
@@ -77,7 +81,7 @@ def run(
 
     def on_step(progress: Progress) -> None:
         if progress.step == stop_at:
-            raise Interrupted
+            raise InterruptionError
 
     return train(model, SCHEMA, *data, config, folder, on_step=on_step, **settings)
 
@@ -136,10 +140,10 @@ def test_progress_counts_up_to_all_steps(data: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop_at", [1, 2, 5, 7, 8, 9, 10, 17, 23])
 def test_resumed_anywhere_is_as_if_never_interrupted(stop_at: int, data: Any, tmp_path: Path) -> None:
-    """Bit for bit: weights, and what was measured on the way. 8 batches an epoch, checkpoints every 2 and at the end."""
+    """Bit for bit: weights, measurements. 8 batches an epoch, checkpoints every 2 and at its end."""
     config = with_config(checkpoint_every=2)
     whole = run(data, tmp_path / "whole", config)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptionError):
         run(data, tmp_path / "state", config, stop_at=stop_at)
     resumed = run(data, tmp_path / "state", config)
     epochs, batches = divmod(stop_at - 1, 8)
@@ -154,7 +158,7 @@ def test_interrupted_again_and_again_it_still_arrives(data: Any, tmp_path: Path)
     config = with_config(checkpoint_every=1)
     whole = run(data, tmp_path / "whole", config)
     for stop_at in (3, 4, 9, 20):
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptionError):
             run(data, tmp_path / "state", config, stop_at=stop_at)
     resumed = run(data, tmp_path / "state", config)
     assert resumed.history == whole.history
@@ -171,10 +175,17 @@ def test_a_finished_run_is_not_trained_again(data: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"learning_rate": 0.02}, {"table_learning_rate": 0.2}, {"epochs": 4}, {"batch_size": 99}, {"threads": 2}],
+    [
+        {"seed": 1},
+        {"learning_rate": 0.02},
+        {"table_learning_rate": 0.2},
+        {"epochs": 4},
+        {"batch_size": 99},
+        {"threads": 2},
+    ],
 )
 def test_another_configuration_starts_from_the_beginning(change: dict[str, Any], data: Any, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptionError):
         run(data, tmp_path / "state", with_config(checkpoint_every=1), stop_at=5)
     changed = with_config(**change)
     resumed = run(data, tmp_path / "state", changed)
@@ -184,21 +195,21 @@ def test_another_configuration_starts_from_the_beginning(change: dict[str, Any],
 
 
 def test_another_model_schema_or_data_starts_from_the_beginning(data: Any, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptionError):
         run(data, tmp_path / "state", with_config(checkpoint_every=1), stop_at=5, identity="monday")
     assert run(data, tmp_path / "state", stop_at=None, identity="tuesday").resumed_at == 0
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptionError):
         run(data, tmp_path / "state", with_config(checkpoint_every=1), stop_at=5)
     wider = AUTOINT.model_copy(update={"dim": 8})
     assert run(data, tmp_path / "state", model=wider).resumed_at == 0
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptionError):
         run(data, tmp_path / "state", with_config(checkpoint_every=1), stop_at=5)
     larger = SCHEMA.model_copy(update={"sparse": (Sparse(name="a", rows=21), SCHEMA.sparse[1])})
     assert train(AUTOINT, larger, *data, FAST, tmp_path / "state").resumed_at == 0
 
 
 def test_how_often_checkpoints_are_made_may_change(data: Any, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptionError):
         run(data, tmp_path / "state", with_config(checkpoint_every=3), stop_at=5)
     resumed = run(data, tmp_path / "state", with_config(checkpoint_every=500))
     assert resumed.resumed_at == 3
@@ -206,7 +217,7 @@ def test_how_often_checkpoints_are_made_may_change(data: Any, tmp_path: Path) ->
 
 
 def test_an_altered_checkpoint_is_refused_by_name(data: Any, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptionError):
         run(data, tmp_path / "state", with_config(checkpoint_every=2), stop_at=5)
     folder = resolve(tmp_path / "state/checkpoint", "checkpoint")
     assert {p.parent.name for p in folder.rglob("*.safetensors")} == {"weights", "table_states", "dense_states"}
@@ -287,7 +298,7 @@ def test_an_auc_is_better_when_larger(scripted: Any, data: Any, tmp_path: Path) 
 
 def test_the_best_survives_an_interruption(scripted: Any, data: Any, tmp_path: Path) -> None:
     seen = scripted(0.5, 0.6, 0.7)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptionError):
         run(data, tmp_path / "state", stop_at=20)
     trained = run(data, tmp_path / "state")
     assert trained.best_epoch == 1
