@@ -90,7 +90,9 @@ def table(file: Path = RECORDS) -> str:
     names = [f"{f} | {m}" for f in ("paper", "ids") for m in (*MODELS, "FuxiCTR 2.3.10 AutoInt")]
     for row in records.summary(file, names, ["auc", "log_loss"]):
         fields, model = row["name"].split(" | ")
-        auc, loss = (f"{row[k]:.4f} ± {row[k + '_sd']:.4f}" for k in ("auc", "log_loss"))
+        auc, loss = (
+            f"{row[k]:.4f}" + (f" ± {row[k + '_sd']:.4f}" if row["n"] > 1 else "") for k in ("auc", "log_loss")
+        )
         lines.append(f"| {fields} | {model} | {auc} | {loss} | {row['n']} |")
     return "\n".join(lines)
 

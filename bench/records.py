@@ -1,4 +1,4 @@
-"""Records of measurements: one JSON line per (configuration, seed), keyed by configuration and commit."""
+"""Records of measurements: one JSON line per (configuration, seed), with the commit it was measured at."""
 
 import hashlib
 import json
@@ -39,12 +39,15 @@ class Job:
 
 
 def run_jobs(file: Path, jobs: Sequence[Job], *, budget_seconds: float) -> None:
-    """Measure what is not recorded at this commit, seed by seed over all jobs, until the budget is spent."""
+    """Measure what is not recorded yet, seed by seed over all jobs, until the budget is spent.
+
+    A record of an earlier commit counts: to measure anew after a change that matters, remove its lines.
+    """
     at, started = commit(), time.perf_counter()
-    done = {(r["config_hash"], r["seed"], r["commit"]) for r in read(file)}
+    done = {(r["config_hash"], r["seed"]) for r in read(file)}
     durations: dict[str, float] = {}
     waiting = [(seed, job) for seed in range(1, max(j.seeds for j in jobs) + 1) for job in jobs if seed <= job.seeds]
-    waiting = [(s, j) for s, j in waiting if (config_hash(j.config), s, at) not in done]
+    waiting = [(s, j) for s, j in waiting if (config_hash(j.config), s) not in done]
     for i, (seed, job) in enumerate(waiting):
         spent = time.perf_counter() - started
         if spent + durations.get(job.name, 0) > budget_seconds:
@@ -76,16 +79,15 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def summary(file: Path, names: Iterable[str], figures: Sequence[str]) -> list[dict[str, Any]]:
-    """Per name: mean and standard deviation over the seeds of the newest configuration and commit recorded for it."""
+    """Per name: mean and standard deviation over the seeds of the newest configuration recorded for it."""
     records = read(file)
     rows: list[dict[str, Any]] = []
     for name in names:
         mine = [r for r in records if r["name"] == name]
         if not mine:
             continue
-        newest = (mine[-1]["config_hash"], mine[-1]["commit"])
-        mine = [r for r in mine if (r["config_hash"], r["commit"]) == newest]
-        row: dict[str, Any] = {"name": name, "n": len(mine), "commit": newest[1]}
+        mine = list({r["seed"]: r for r in mine if r["config_hash"] == mine[-1]["config_hash"]}.values())
+        row: dict[str, Any] = {"name": name, "n": len(mine), "commits": sorted({r["commit"] for r in mine})}
         for figure in figures:
             values = [r[figure] for r in mine]
             row[figure] = statistics.mean(values)

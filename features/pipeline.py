@@ -37,6 +37,8 @@ class FeaturePipeline:
     def __post_init__(self) -> None:
         names = [t.output for t in self.transforms]
         for name in names:
+            if "." in name:
+                raise ConfigError(f"features: {name!r} holds a dot, which tables cannot: give it another name")
             if names.count(name) > 1:
                 raise ConfigError(f"features: two of them are called {name!r}; give one a name of its own")
         if not names:
@@ -223,7 +225,7 @@ class FittedPipeline:
 def _update(digest: Any, table: pl.DataFrame) -> None:
     for series in table.iter_columns():
         digest.update(f"{series.name}:{series.dtype}:{series.len()}".encode())
-        pass
+        digest.update(series.is_null().to_numpy().tobytes())
         if series.dtype == pl.String:
             digest.update(series.str.len_bytes().fill_null(0).to_numpy().tobytes())
             digest.update((series.str.join("").item() or "").encode())

@@ -79,7 +79,8 @@ class Table(Files):
 
 
 def _by_name(labels: Any) -> Any:
-    return {name: name for name in labels} if isinstance(labels, list | tuple) else labels  # pyright: ignore
+    named = isinstance(labels, list | tuple) and all(isinstance(n, str) for n in labels)  # pyright: ignore
+    return {name: name for name in labels} if named else labels  # pyright: ignore
 
 
 class Data(Files):

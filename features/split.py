@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 import polars as pl
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from base.config import Config
 from base.errors import ConfigError
@@ -16,12 +16,20 @@ from features.transforms import xxhash64
 Role = Literal["train", "valid", "test"]
 
 
+def _text(value: Any) -> Any:
+    """TOML has dates of its own: 2026-03-01 may stand without quotes."""
+    return value.isoformat() if isinstance(value, date) else value
+
+
+Day = Annotated[str, BeforeValidator(_text)]
+
+
 class DaySplit(Config):
     """Days, each `2026-03-01` or `2026-03-01..2026-03-05` with both ends; train before valid before test."""
 
-    train: str
-    valid: str
-    test: str | None = None
+    train: Day
+    valid: Day
+    test: Day | None = None
 
     @property
     def by_day(self) -> bool:
@@ -59,7 +67,7 @@ class RandomSplit(Config):
 
 def _kind(value: Any) -> str:
     train: Any = value.get("train") if isinstance(value, dict) else getattr(value, "train", None)  # pyright: ignore
-    return "days" if isinstance(train, str) else "random"
+    return "days" if isinstance(train, str | date) else "random"
 
 
 Split = Annotated[

@@ -192,7 +192,7 @@ class _Ids(Transform, ABC):
     column: str
     multi: bool = False
     """Whether the column holds lists."""
-    separator: str | None = None
+    separator: Annotated[str, Field(min_length=1)] | None = None
     """Splits text into a list; implies `multi`."""
     max_length: PositiveInt = 100
     """A longer bag keeps its first `max_length` values."""

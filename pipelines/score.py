@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from base.storage import MANIFEST
 from pipelines.config import Run
 from pipelines.evaluate import held_out
 from pipelines.train import registry_of
@@ -22,7 +23,7 @@ def score(
     say: Callable[[str], None] = print,
 ) -> list[Path]:
     """Score partitions (by default the test ones) with a registered version, an alias, or a bundle's folder."""
-    if Path(model).is_dir():
+    if (Path(model) / MANIFEST).is_file():
         bundle = Bundle.load(Path(model))
         version = f"bundle-{bundle.version}"
     else:

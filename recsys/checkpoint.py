@@ -35,6 +35,9 @@ class Position(Config):
     """Training loss by epochs done, in steps of a twentieth of an epoch."""
     history: tuple[dict[str, float], ...] = ()
     """One entry per evaluation."""
+    best: str | None = None
+    """Version of the best weights."""
+    finished: bool = False
 
     def after_step(self, loss: float, per_epoch: int) -> "Position":
         """One batch further."""
@@ -44,10 +47,6 @@ class Position(Config):
             curve, window = (*curve, (self.epoch + batch / per_epoch, window / every)), 0.0
         moved = {"batch": batch, "step": self.step + 1, "epoch_loss": self.epoch_loss + loss}
         return self.model_copy(update={**moved, "window_loss": window, "curve": curve})
-
-    best: str | None = None
-    """Version of the best weights."""
-    finished: bool = False
 
 
 def weights(sharded: Sharded) -> dict[str, Tensor]:

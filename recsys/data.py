@@ -163,9 +163,9 @@ class ExampleStream:
         """Rows of all ranks together."""
         return sum(rows for _, _, rows in self._groups())
 
-    def batches_per_epoch(self) -> int:
-        """Batches each rank sees in an epoch."""
-        return sum(-(-(rows // self.world) // self.batch_size) for rows in self._window_rows(0))
+    def batches_per_epoch(self, epoch: int) -> int:
+        """Batches each rank sees in an epoch; with uneven row groups it differs a little between epochs."""
+        return sum(-(-(rows // self.world) // self.batch_size) for rows in self._window_rows(epoch))
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch number `start` on."""
@@ -212,5 +212,5 @@ class ExampleStream:
             order = np.random.default_rng((self.seed, epoch, index)).permutation(frame.height)
             frame = frame[order]
         if self.world > 1:
-            frame = frame[self.rank :: self.world].head(frame.height // self.world)
+            frame = frame[self.rank :: self.world]
         return to_columns(frame, self.schema, labels=True, policy=self.policy, count=self.count)

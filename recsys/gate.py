@@ -52,7 +52,7 @@ def judge(candidate: Metrics, champion: Metrics | None, gates: Gates) -> Verdict
             ]
         for text, passed in checks:
             (passes if passed else refusals).append(f"{output}: {text}")
-    for output in (champion or {}).keys() - candidate.keys():
+    for output in sorted((champion or {}).keys() - candidate.keys()):
         refusals.append(f"{output}: the champion gives it, the candidate does not")
     if not candidate:
         refusals.append("the candidate has no measured outputs")

@@ -37,8 +37,6 @@ class TrainConfig(Config):
     table_learning_rate: PositiveFloat = 0.2
     """Of row-wise Adagrad, for the tables: it falls with the gradients a row has seen, so it starts high."""
     table_eps: PositiveFloat = 1e-8
-    table_weight_decay: NonNegativeFloat = 0.0
-    """L2 on the table rows of a batch, each time they are touched."""
     weight_decay: NonNegativeFloat = 0.0
     """L2 in Adam (dense parameters only)."""
     decay_on_plateau: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -110,11 +108,7 @@ def train(
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     model = build_model(model_config, schema, table_device="meta")
-    adagrad = {
-        "lr": config.table_learning_rate,
-        "eps": config.table_eps,
-        "weight_decay": config.table_weight_decay,
-    }
+    adagrad = {"lr": config.table_learning_rate, "eps": config.table_eps}
     sharded = shard(model, device, adagrad, batch_size=config.batch_size)
     optimizer = torch.optim.Adam(sharded.dense.values(), config.learning_rate, weight_decay=config.weight_decay)
     at = checkpoint.position_of(folder)
@@ -124,8 +118,8 @@ def train(
     else:
         checkpoint.restore(folder, sharded, optimizer)
     resumed_at, seen, started = at.step, 0, time.perf_counter()
-    per_epoch = fit.batches_per_epoch()
     while not at.finished:
+        per_epoch = fit.batches_per_epoch(at.epoch)
         _set_rates(sharded, optimizer, config, at)
         sharded.module.train()
         for batch in fit.epoch(at.epoch, start=at.batch):
@@ -187,7 +181,7 @@ def _close_epoch(
     metrics = {o.name: headline(evaluation, o.name) for o in model.outputs}
     sign = -1.0 if config.monitor == "auc" else 1.0
     objective = sign * float(np.mean([m[config.monitor] for m in metrics.values()]))
-    if not np.isfinite(objective):
+    if not np.isfinite([objective, *(m["auc"] for m in metrics.values())]).all():
         raise DataError(
             f"{config.monitor} of the validation rows is {objective}: they hold one class only; choose other days"
         )

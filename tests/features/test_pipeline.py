@@ -110,7 +110,7 @@ def test_a_missing_column_is_named_with_the_nearest() -> None:
     for use in (pipeline.fit, fitted.transform, fitted.extend):
         with pytest.raises(DataError, match="column 'user_id' is missing; did you mean 'userid'"):
             use(renamed)
-        with pytest.raises(DataError, match="column 'price' is missing Present: row, user_id, tags, shown"):
+        with pytest.raises(DataError, match=r"column 'price' is missing\.? Present: row, user_id, tags, shown"):
             use(LOG.drop("price").lazy())
 
 

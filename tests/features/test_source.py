@@ -91,7 +91,7 @@ def test_only_the_files_of_a_day_are_opened(tmp_path: Path) -> None:
 def test_a_day_without_files_is_named(tmp_path: Path) -> None:
     write_days(tmp_path / "log", 1, days=(1,))
     found = source(tmp_path / "log/day=*/*.parquet", time="day", split=DAYS)
-    with pytest.raises(DataError, match="no files for day 2026-03-02; check the path and data.split"):
+    with pytest.raises(DataError, match=r"no files for day 2026-03-02; check the path and data\.split"):
         found.raw("day=2026-03-02")
 
 

@@ -171,7 +171,7 @@ def test_an_id_outside_its_table_is_refused_or_counted(ids: list[int]) -> None:
 
 def test_tables_of_examples_are_checked_by_the_same_policy() -> None:
     frame = table([GOOD, {**GOOD, "user": 6}, {**GOOD, "tags": [10, 1, -1], "words": []}])
-    with pytest.raises(IdError, match="feature 'tags': id 10 is outside its table of 10 rows .2 such ids"):
+    with pytest.raises(IdError, match=r"feature 'tags': id 10 is outside its table of 10 rows .2 such ids"):
         to_columns(frame, BAGS, labels=True)
     count = IdCount()
     batch = to_columns(frame, BAGS, labels=True, policy="unknown", count=count).batch(0, 3)
@@ -183,9 +183,11 @@ def test_tables_of_examples_are_checked_by_the_same_policy() -> None:
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 NUMBERED = Schema(
-    keys=(), dense=(Dense(name="number"),), sparse=(Sparse(name="row", rows=100_000), Sparse(name="bag", rows=9, multi=True)),
+    keys=(),
+    dense=(Dense(name="number"),),
+    sparse=(Sparse(name="row", rows=100_000), Sparse(name="bag", rows=9, multi=True)),
     labels=("y",),
-)  # fmt: skip
+)
 
 
 def numbered(first: int, rows: int) -> pl.DataFrame:
@@ -248,7 +250,7 @@ def test_an_epoch_is_every_row_once(
         assert max(map(len, found)) <= batch_size
         if not shuffle:
             assert flat(found) == list(range(sum(sizes)))
-            assert len(found) == source.batches_per_epoch()
+            assert len(found) == source.batches_per_epoch(0)
 
 
 def test_shuffling_follows_seed_and_epoch(tmp_path: Path) -> None:
@@ -290,7 +292,7 @@ def test_ranks_share_the_rows(world: int, shuffle: bool, tmp_path: Path) -> None
         windows = -(-8 // 3)
         assert rows - windows * (world - 1) <= len(counted) <= rows
         if not shuffle:
-            assert len(seen[0]) == ranks[0].batches_per_epoch()
+            assert len(seen[0]) == ranks[0].batches_per_epoch(0)
 
 
 def test_rows_are_shuffled_across_a_window_and_not_beyond(tmp_path: Path) -> None:
