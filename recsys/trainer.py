@@ -181,10 +181,9 @@ def _close_epoch(
     metrics = {o.name: headline(evaluation, o.name) for o in model.outputs}
     sign = -1.0 if config.monitor == "auc" else 1.0
     objective = sign * float(np.mean([m[config.monitor] for m in metrics.values()]))
-    if not np.isfinite([objective, *(m["auc"] for m in metrics.values())]).all():
-        raise DataError(
-            f"{config.monitor} of the validation rows is {objective}: they hold one class only; choose other days"
-        )
+    for output in model.outputs:
+        if not np.isfinite(metrics[output.name]["auc"]):
+            raise DataError(f"label {output.label!r}: the validation rows hold one class only; choose other days")
     entry = {
         "epoch": float(at.epoch + 1),
         "step": float(at.step),
