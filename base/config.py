@@ -1,6 +1,5 @@
 """Configuration: frozen models that refuse unknown keys, read from TOML with errors a person can act on."""
 
-import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from datetime import date, time
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeGuard, TypeVar, Union, cast, get
 
 from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
-from base.errors import ConfigError
+from base.errors import ConfigError, did_you_mean
 
 
 class Config(BaseModel):
@@ -114,8 +113,7 @@ def _explain(model: type[BaseModel], fault: Any) -> str:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
+    hint = did_you_mean(name, known)
     return f"{hint} Known: {', '.join(sorted(known))}" if known else hint
 
 

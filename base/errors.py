@@ -1,5 +1,14 @@
 """Errors a user can act on: each message names the thing, the value and the remedy."""
 
+import difflib
+from collections.abc import Sequence
+
+
+def did_you_mean(name: str, known: Sequence[str], otherwise: str = ".") -> str:
+    """The end of a sentence about an unknown name: the nearest known one, if one is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else otherwise
+
 
 class UserError(Exception):
     """Base of every error the command line prints as one sentence instead of a traceback."""

@@ -1,13 +1,12 @@
 """Raw columns: which types the features accept, and row-wise SQL over them."""
 
-import difflib
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
 import polars as pl
 
-from base.errors import ConfigError, DataError
+from base.errors import ConfigError, DataError, did_you_mean
 
 Kind = Literal["integer", "float", "text", "boolean", "date", "missing", "integers", "texts", "other"]
 """What a raw column holds. `missing`: a column of nulls, as readers give for an empty CSV column."""
@@ -61,8 +60,7 @@ def require(columns: Iterable[str], present: Iterable[str], wanted_by: str) -> N
     present = tuple(present)
     for column in columns:
         if column not in present:
-            close = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]!r}?" if close else "."
+            hint = did_you_mean(column, present)
             raise DataError(f"{wanted_by}: column {column!r} is missing{hint} Present: {', '.join(present)}")
 
 

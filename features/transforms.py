@@ -78,12 +78,10 @@ def number(column: str) -> pl.Expr:
     return pl.when(value.is_finite()).then(value)
 
 
-class _Scaled(Transform, ABC):
-    """(f(x) - mean) / std with both from exact fixed-point sums; missing values become 0, the mean."""
+class _OfNumber(Transform, ABC):
+    """Reads one column of numbers."""
 
     column: str
-    resolution: PositiveFloat = 1e-6
-    """Step of the fixed-point grid on which sums are taken; |f(x)| must stay below 2^45 steps."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -92,6 +90,13 @@ class _Scaled(Transform, ABC):
     @property
     def accepts(self) -> tuple[Kind, ...]:
         return NUMBERS
+
+
+class _Scaled(_OfNumber, ABC):
+    """(f(x) - mean) / std with both from exact fixed-point sums; missing values become 0, the mean."""
+
+    resolution: PositiveFloat = 1e-6
+    """Step of the fixed-point grid on which sums are taken; |f(x)| must stay below 2^45 steps."""
 
     @abstractmethod
     def value(self) -> pl.Expr:
@@ -374,11 +379,10 @@ def bucket(column: str, edges: Sequence[float]) -> pl.Expr:
     return pl.when(x.is_not_null()).then(1 + above).otherwise(UNKNOWN).cast(pl.Int32)
 
 
-class Boundaries(_Stateless):
+class Boundaries(_OfNumber, _Stateless):
     """Ids 1..n+1 by n given boundaries, each the inclusive upper end of its bucket; missing becomes row 0."""
 
     kind: Literal["boundaries"] = "boundaries"
-    column: str
     boundaries: Annotated[tuple[float, ...], Field(min_length=1, max_length=1000)]
 
     @model_validator(mode="after")
@@ -387,14 +391,6 @@ class Boundaries(_Stateless):
             raise ValueError(f"boundaries of {self.column!r} must increase: {list(self.boundaries)}")
         return self
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.column,)
-
-    @property
-    def accepts(self) -> tuple[Kind, ...]:
-        return NUMBERS
-
     def apply(self, frame: pl.LazyFrame, learned: pl.DataFrame) -> pl.LazyFrame:
         return frame.with_columns(bucket(self.column, self.boundaries).alias(self.output))
 
@@ -402,23 +398,14 @@ class Boundaries(_Stateless):
         return Sparse(name=self.output, rows=2 + len(self.boundaries))
 
 
-class Quantiles(Transform):
+class Quantiles(_OfNumber):
     """Ids 1..buckets of about equal mass; missing becomes row 0.
 
     Values are counted on a grid of four significant digits, so an edge is off by at most 0.05 % of its value.
     """
 
     kind: Literal["quantiles"] = "quantiles"
-    column: str
     buckets: Annotated[int, Field(ge=2, le=1000)] = 20
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.column,)
-
-    @property
-    def accepts(self) -> tuple[Kind, ...]:
-        return NUMBERS
 
     def count(self, frame: pl.LazyFrame) -> pl.LazyFrame:
         grid = number(self.column).round_sig_figs(4) + 0.0  # + 0.0: no negative zero

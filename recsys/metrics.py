@@ -4,7 +4,6 @@ Shapes: N rows, T runs of tied rows, G groups, K bins. A label is 1 (it happened
 Arrays may be anything numpy reads as one-dimensional: numpy arrays, Polars series, lists.
 """
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
-from base.errors import DataError
+from base.errors import DataError, did_you_mean
 from features.schema import Output
 
 CLIP = 1e-7
@@ -444,6 +443,4 @@ def _run_starts(*sorted_N: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else "; correct the name."
-    return f"{hint} It has: {', '.join(known)}"
+    return f"{did_you_mean(name, known, '; correct the name.')} It has: {', '.join(known)}"
