@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 def did_you_mean(name: str, known: Sequence[str], otherwise: str = ".") -> str:
     """The end of a sentence about an unknown name: the nearest known one, if one is near."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else otherwise
 
 

@@ -109,14 +109,14 @@ def is_published(target: Path) -> bool:
     return target.is_symlink() or target.exists()
 
 
-def resolve(target: Path, kind: str | None = None) -> Path:
+def resolve(target: Path, kind: str | None = None, *, made_by: str = "the step that makes it") -> Path:
     """The version folder behind `target`, followed once; read everything of one artefact through the result.
 
     Raises ArtefactError if nothing is published there, it has no manifest, or it is of another kind.
     """
     folder = target.resolve()
     if not folder.is_dir():
-        raise ArtefactError(f"{target}: nothing is published there; run the step that makes it")
+        raise ArtefactError(f"{target}: nothing is published there; run {made_by}")
     manifest = read_manifest(folder)
     if kind is not None and manifest.kind != kind:
         raise ArtefactError(f"{target}: holds {manifest.kind!r}, not {kind!r}; check the path")

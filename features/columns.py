@@ -60,6 +60,7 @@ def require(columns: Iterable[str], present: Iterable[str], wanted_by: str) -> N
     present = tuple(present)
     for column in columns:
         if column not in present:
+            present = [c for c in present if not c.startswith(("@", "__"))]  # ours, not the user's
             hint = did_you_mean(column, present)
             raise DataError(f"{wanted_by}: column {column!r} is missing{hint} Present: {', '.join(present)}")
 
@@ -99,6 +100,5 @@ def explained(what: str) -> Generator[None]:
     try:
         yield
     except pl.exceptions.PolarsError as error:
-        raise DataError(
-            f"{what}: {str(error).strip().splitlines()[0]}; check the column's type or its expression"
-        ) from error
+        said = " ".join(str(error).split())[:300]
+        raise DataError(f"{what}: {said}; check the column's type or its expression") from error

@@ -154,7 +154,7 @@ class Source:
         repeated = pl.struct(self.data.key).is_first_distinct().not_()
         faults.append(pl.when(repeated).then(pl.lit(f"key {', '.join(self.data.key)} is repeated")))
         marked = derived.with_columns(*labels, pl.coalesce(faults).alias(REASON))
-        return marked.drop(*(self.derive or {}))
+        return marked
 
     def undated(self) -> int:
         """Rows whose time is missing, which therefore belong to no day."""
@@ -185,6 +185,8 @@ class Source:
     def _files_of(self, partition: str) -> tuple[Path, ...]:
         """Files in `day=...` folders are chosen by name, so that the others are not opened."""
         name, _, value = partition.partition("=")
+        if self.data.split.by_day and (name != "day" or not value):
+            raise ConfigError(f"partition {partition!r}: this log is split by day; write day=2026-03-01")
         time = self.data.time
         if not self.data.split.by_day or time is None or not all(time.column in _hive(f) for f in self._files):
             return self._files

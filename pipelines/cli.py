@@ -189,7 +189,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TORCH_LOGS", "-all")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-    for name in ("torchrec", "torch", "mlflow", "alembic"):
+    for name in ("torchrec", "torch", "mlflow", "alembic", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

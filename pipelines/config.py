@@ -27,6 +27,12 @@ class Evaluation(Config):
     pairs: tuple[tuple[str, str], ...] = ()
     """Pairs of raw columns whose joint effect the report draws, observed beside predicted."""
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All raw columns that it needs, derived ones included."""
+        user = () if self.user is None else (self.user,)
+        return (*self.slices, *user, *self.truth.values(), *(column for pair in self.pairs for column in pair))
+
 
 class Registry(Config):
     """Where MLflow is."""

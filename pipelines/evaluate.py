@@ -48,10 +48,7 @@ def held_out(run: Run, partition: str | None) -> list[str]:
 def scored_table(run: Run, bundle: Bundle, partitions: Sequence[str]) -> pl.DataFrame:
     """Keys, labels, slices, known truth and probabilities of the good rows of raw partitions."""
     labels = {carried(label): label for label in run.labels}
-    wanted = run.evaluate
-    extra = [*wanted.slices, *([wanted.user] if wanted.user else []), *wanted.truth.values()]
-    extra += [column for pair in wanted.pairs for column in pair]
-    carry = list(dict.fromkeys([*run.data.key, *labels, *extra]))
+    carry = list(dict.fromkeys([*run.data.key, *labels, *run.evaluate.columns]))
     parts: list[pl.DataFrame] = []
     for partition in partitions:
         good = run.source.checked(partition).filter(pl.col(REASON).is_null())

@@ -8,7 +8,7 @@ import polars as pl
 
 from base.errors import ArtefactError, DataError
 from base.storage import Staging, is_published, publish, read_manifest, resolve, verify
-from features.columns import explained
+from features.columns import explained, require
 from features.pipeline import FittedPipeline
 from features.schema import carried
 from features.source import REASON
@@ -25,6 +25,9 @@ def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = p
     """
     source = run.source
     training = source.partitions("train")
+    with explained(f"{run.data.path}, {training[0]}"):
+        present = source.checked(training[0]).collect_schema().names()
+    require(run.evaluate.columns, present, "evaluate")  # before hours of training, not after
     undated = source.undated()
     counts = {partition: _check(run, partition) for partition in [*training, *source.partitions("valid")]}
     good = sum(c["good"] for p, c in counts.items() if p in training)
@@ -42,6 +45,7 @@ def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = p
             staging.about.update(about, rows=counts[partition]["good"], bad=counts[partition]["bad"])
             _write(run, fitted, partition, staging)
         reasons = "".join(f"; set aside {n} x {r}" for r, n in counts[partition]["bad"].items())
+        reasons += f" -> {target}/rejected.parquet" if reasons else ""
         say(f"{partition}: {counts[partition]['good']:,} examples{reasons}")
     return fitted
 

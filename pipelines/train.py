@@ -41,14 +41,16 @@ def train(
     Raises ArtefactError or DataError if nothing suitable is prepared, RegistryError if MLflow does not answer.
     """
     registry = registry_of(run)  # first: hours of training should not end in a refused connection
-    fitted = FittedPipeline.load(resolve(run.features_path, "features"))
+    fitted = FittedPipeline.load(resolve(run.features_path, "features", made_by="`recsys prepare`"))
     if fitted.recipe != run.pipeline:
         raise DataError(
             f"{run.features_path}: fitted from other [[features]] or [derive]; run `recsys prepare --overwrite`"
         )
     schema = fitted.schema(run.data.key, run.labels)
     training, validation = run.source.partitions("train"), run.source.partitions("valid")
-    folders = {p: resolve(run.examples_path(p), "examples") for p in [*training, *validation]}
+    folders = {
+        p: resolve(run.examples_path(p), "examples", made_by="`recsys prepare`") for p in [*training, *validation]
+    }
     fit = ExampleStream(
         tuple(examples_of(run, training, fitted)),
         schema,

@@ -122,7 +122,9 @@ class Bundle:
     @classmethod
     def load(cls, target: Path) -> "Bundle":
         """Read a bundle, published or copied. Raises ArtefactError naming what is missing, altered or mismatched."""
-        folder = resolve(target, KIND) if is_published(target) else target
+        if not is_published(target):
+            raise ArtefactError(f"{target}: there is no trained model there; run `recsys train` first")
+        folder = resolve(target, KIND)
         manifest = verify(folder)
         features = FittedPipeline.load(folder / "features")
         if features.version != manifest.about.get("features"):

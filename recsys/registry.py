@@ -175,4 +175,5 @@ def _explained(uri: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         first = str(error).splitlines()[0]
-        raise RegistryError(f"MLflow at {uri}: {first}; check mlflow.uri and that the server runs") from error
+        what = "does not answer" if "Max retries exceeded" in first else f"says: {first}"
+        raise RegistryError(f"MLflow at {uri} {what}; check mlflow.uri and that the server runs") from error

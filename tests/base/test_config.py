@@ -123,7 +123,7 @@ def test_a_key_called_like_the_tag_of_a_union_keeps_its_own_path(key: str) -> No
     [line] = refusal(lambda t: t["data"]["split"].update(days=3))
     assert line == "unknown key data.split.days. Known: test, train, valid"
     [line] = refusal(lambda t: t["model"].update(autoint=3))
-    assert line.startswith("unknown key model.autoint;")
+    assert line.startswith("unknown key model.autoint.")
 
 
 def test_every_fault_has_a_line() -> None:

@@ -215,7 +215,9 @@ def test_a_log_file_cut_short(altered: Callable[..., Run], tmp_path: Path, lengt
 def test_labels_of_one_class_only(altered: Callable[..., Run]) -> None:
     run = altered(lambda t: t.with_columns(click=pl.lit(1, pl.Int8)), VALID, train__monitor="auc")
     prepare(run, say=quiet)
-    assert refusal(DataError, lambda: train(run, say=quiet)).endswith("they hold one class only; choose other days")
+    assert refusal(DataError, lambda: train(run, say=quiet)).endswith(
+        "the validation rows hold one class only; choose other days"
+    )
 
 
 def test_a_published_log_may_be_named_by_its_folder(platform: Platform, tmp_path: Path) -> None:
@@ -341,7 +343,7 @@ def test_train_refuses_examples_of_other_features(platform: Platform, altered: C
 def test_train_before_prepare(platform: Platform, tmp_path: Path) -> None:
     run = platform.at(tmp_path / "out")
     assert refusal(ArtefactError, lambda: train(run, say=quiet)) == (
-        f"{run.features_path}: nothing is published there; run the step that makes it"
+        f"{run.features_path}: nothing is published there; run `recsys prepare`"
     )
     assert not run.folder.exists()
 
@@ -381,7 +383,7 @@ def test_an_mlflow_that_does_not_answer_is_told_before_training(platform: Platfo
     started = time.monotonic()
     message = refusal(RegistryError, lambda: train(run, say=quiet))
     assert time.monotonic() - started < 60
-    assert message.startswith("MLflow at http://127.0.0.1:9: ")
+    assert message.startswith("MLflow at http://127.0.0.1:9 does not answer; check mlflow.uri")
     assert message.endswith("; check mlflow.uri and that the server runs")
     assert not run.folder.exists()
 

@@ -362,11 +362,11 @@ def test_labels_are_columns_or_expressions(tmp_path: Path) -> None:
             source(path, labels=none)
 
 
-def test_labels_may_read_derived_columns_which_are_not_kept(tmp_path: Path) -> None:
+def test_labels_may_read_derived_columns_which_slices_may_read_too(tmp_path: Path) -> None:
     path = csv(tmp_path, "k,y,stars\n1,0,5\n2,1,2\n")
     found = checked(source(path, derive={"liked": "stars > 3"}, labels={"click": "liked"}, where="liked OR k > 0"))
     assert found["@click"].to_list() == [1, 0]
-    assert "liked" not in found.columns
+    assert found["liked"].to_list() == [True, False]
 
 
 def test_where_chooses_rows_to_learn_from_not_to_score(tmp_path: Path) -> None:

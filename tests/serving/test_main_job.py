@@ -164,6 +164,10 @@ name = "lr"
 [train]
 epochs = 1
 batch_size = 64
+
+[evaluate]
+slices = ["long_title"]
+user = "user"
 """
 
 
@@ -190,6 +194,10 @@ def test_a_new_data_set_needs_a_toml_and_no_python(tmp_path: Path) -> None:
     for verb in ("prepare", "train", "evaluate", "promote", "score"):
         result = CliRunner().invoke(cli.main, [verb, "--config", str(file)], catch_exceptions=False)
         assert result.exit_code == 0, result.output
+    measured = pl.read_parquet(tmp_path / "out/models/lr/evaluation/test/metrics.parquet")
+    assert set(measured.filter(pl.col("slice") == "long_title")["value"]) == {"true", "false"}
+    unknown = CliRunner().invoke(cli.main, ["prepare", "--config", str(file), "--set", 'evaluate.slices=["teir"]'])
+    assert "evaluate: column 'teir' is missing; did you mean 'tier'?" in unknown.output
     scored = pl.read_parquet(tmp_path / "out/scores/day=2026-01-05/part-*.parquet")
     assert sorted(scored["id"]) == log.filter(pl.Series(days) == 5)["id"].to_list()
     again = CliRunner().invoke(cli.main, ["score", "--config", str(file)])
