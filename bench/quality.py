@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--only", help="names of rows, separated by /")
     parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args()
-    file = RECORDS.with_stem("quality-quick") if options.quick else RECORDS
+    file = options.work / "quick.jsonl" if options.quick else RECORDS  # quick figures are no measurements
     if not options.table:
         if options.data is None:
             parser.error("--data is needed: the folder of MovieLens-1M")
