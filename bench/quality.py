@@ -77,7 +77,8 @@ def main() -> None:
     if not options.table:
         if options.data is None:
             parser.error("--data is needed: the folder of MovieLens-1M")
-        jobs = _jobs(options.data, options.work / options.fields, options.fields, quick=options.quick)
+        folder = options.work / (f"{options.fields}-quick" if options.quick else options.fields)
+        jobs = _jobs(options.data, folder, options.fields, quick=options.quick)
         if options.only:
             jobs = [j for j in jobs if j.name.split(" | ")[1] in options.only.split("/")]
         records.run_jobs(file, jobs, budget_seconds=_seconds(options.budget))
