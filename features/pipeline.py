@@ -138,9 +138,18 @@ class FittedPipeline:
     def sparse(self) -> tuple[Sparse, ...]:
         return tuple(f for f in self._fields() if isinstance(f, Sparse))
 
-    def schema(self, keys: Sequence[str], labels: Sequence[str]) -> Schema:
+    def schema(
+        self, keys: Sequence[str], labels: Sequence[str], *, funnel: Sequence[str] = (), negative_rate: float = 1.0
+    ) -> Schema:
         """The contract of examples made by this pipeline."""
-        return Schema(keys=tuple(keys), dense=self.dense, sparse=self.sparse, labels=tuple(labels))
+        return Schema(
+            keys=tuple(keys),
+            dense=self.dense,
+            sparse=self.sparse,
+            labels=tuple(labels),
+            funnel=tuple(funnel),
+            negative_rate=negative_rate,
+        )
 
     def transform(self, frame: pl.LazyFrame, keep: Sequence[str] = ()) -> pl.LazyFrame:
         """The columns in `keep` and one column per feature; the same rows in the same order.

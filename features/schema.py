@@ -1,8 +1,13 @@
 """What a training example is made of: the one contract shared by features, models and scoring."""
 
-from pydantic import PositiveInt
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
 
 from base.config import Config
+
+EVERYWHERE = "all impressions"
+"""The space of a probability that is given of nothing."""
 
 
 def carried(name: str) -> str:
@@ -32,6 +37,13 @@ class Output(Config):
     name: str
     """Column of the probability in a scored table."""
     label: str
+    given: str | None = None
+    """The label that it presupposes: a conversion given a click is measured on the clicked rows only."""
+
+    @property
+    def space(self) -> str:
+        """The rows that it speaks of, in words."""
+        return EVERYWHERE if self.given is None else f"rows with {self.given}"
 
 
 class Schema(Config):
@@ -42,6 +54,10 @@ class Schema(Config):
     dense: tuple[Dense, ...]
     sparse: tuple[Sparse, ...]
     labels: tuple[str, ...]
+    funnel: tuple[str, ...] = ()
+    """Labels of which each presupposes the one before it, as a conversion does a click."""
+    negative_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the rows without the first label that training keeps; probabilities are corrected for it."""
 
     @property
     def fields(self) -> tuple[str, ...]:

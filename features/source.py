@@ -4,14 +4,15 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, timedelta
 from functools import cache, cached_property
 from glob import escape, glob
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, assert_never
+from typing import Annotated, Any, Literal, Self, assert_never
 
 import polars as pl
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from base.config import Config
 from base.errors import ConfigError, DataError
@@ -19,7 +20,7 @@ from features.columns import explained, kind_of, require, sql
 from features.readers.criteo import read_criteo
 from features.readers.movielens import read_movielens_1m
 from features.schema import carried
-from features.split import RandomSplit, Split, names_of, rows_of
+from features.split import Day, RandomSplit, Split, days_of, names_of, rows_of
 
 REASON = "__reason"
 """Why a row is set aside; null for a good one."""
@@ -89,12 +90,47 @@ class Data(Files):
     key: Annotated[tuple[str, ...], Field(min_length=1)]
     labels: Annotated[dict[str, str], BeforeValidator(_by_name), Field(min_length=1)]
     """Names of 0/1 columns, or a table of name = SQL expression."""
+    funnel: tuple[str, ...] = ()
+    """Labels of which each presupposes the one before it: `["click", "conversion"]`."""
     time: Annotated[Time | None, BeforeValidator(lambda v: {"column": v} if isinstance(v, str) else v)] = None
+    matures_after_days: dict[str, PositiveInt] = {}
+    """Labels that become known late: a row's label counts so many days after the row, and is unknown until then."""
+    observed_until: Day | None = None
+    """The last day whose outcomes are in the log; needed where labels mature."""
     where: str | None = None
     """A SQL expression: the rows to train and to evaluate on. Scoring scores every row."""
     split: Split
     max_bad_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Above this share of bad rows a step refuses; below it they are counted and set aside."""
+
+    @model_validator(mode="after")
+    def _labels_known(self) -> Self:
+        for setting, names in (("funnel", self.funnel), ("matures_after_days", self.matures_after_days)):
+            if unknown := [n for n in names if n not in self.labels]:
+                raise ValueError(f"{setting} names {unknown[0]!r}, which is none of the labels {list(self.labels)}")
+        if len(self.funnel) == 1 or len(set(self.funnel)) < len(self.funnel):
+            raise ValueError(f"funnel = {list(self.funnel)}: name two or more labels, in their order, each once")
+        if self.matures_after_days and (self.time is None or self.observed_until is None):
+            absent = "time" if self.time is None else "observed_until"
+            raise ValueError(f"matures_after_days needs data.{absent}: a label is known that many days after its row")
+        if self.observed_until is not None and len(days_of(self.observed_until)) != 1:
+            raise ValueError(f"observed_until = {self.observed_until!r}: write one day, 2026-03-01")
+        return self
+
+    def immature(self, partition: str) -> tuple[str, ...]:
+        """Labels of a day's partition that are not known yet."""
+        name, _, value = partition.partition("=")
+        if name != "day" or self.observed_until is None:
+            return ()
+        last, day = days_of(self.observed_until)[0], days_of(value)[0]
+        return tuple(n for n, days in self.matures_after_days.items() if day + timedelta(days=days) > last)
+
+    def recipe(self, partition: str) -> dict[str, Any]:
+        """What decides, beside the raw files, which rows of a partition are good and what their labels are."""
+        free = {"path", "max_bad_share", "observed_until"}
+        described = self.model_dump(mode="json", exclude=free | {"split"} if self.split.by_day else free)
+        seen = self.immature(partition) if self.split.by_day else self.observed_until
+        return described | {"immature": seen}
 
 
 @dataclass(frozen=True)
@@ -139,22 +175,27 @@ class Source:
         faults: list[pl.Expr] = []
         for column in self.data.key:
             faults.append(pl.when(pl.col(column).is_null()).then(pl.lit(f"key {column} is null")))
-        labels: list[pl.Expr] = []
+        labels: dict[str, pl.Expr] = {}
         for name, expression in self.data.labels.items():
             value = _bound(derived, expression, f"data.labels.{name}")
             kind = kind_of(derived.select(value).collect_schema().dtypes()[0])
             if kind not in ("integer", "float", "boolean", "missing"):
                 raise DataError(f"label {name!r} holds {kind}; it must be 0 or 1: give it as a SQL expression")
             value = value.cast(pl.Float64)
+            mature = self._mature(derived, name)
             valid = value.is_in([0.0, 1.0])
             found = pl.format(f"label {name} is {{}}, not 0 or 1", value)
-            faults.append(pl.when(value.is_null()).then(pl.lit(f"label {name} is null")))
-            faults.append(pl.when(~valid).then(found))
-            labels.append(pl.when(valid).then(value).cast(pl.Int8).alias(carried(name)))
+            faults.append(pl.when(mature & value.is_null()).then(pl.lit(f"label {name} is null")))
+            faults.append(pl.when(mature & ~valid).then(found))
+            labels[name] = pl.when(valid & mature).then(value).cast(pl.Int8)
+        for before, after in pairwise(self.data.funnel):
+            skipped = (labels[before] == 0) & (labels[after] == 1)
+            reason = f"label {after} is 1 where {before}, before it in data.funnel, is 0"
+            faults.append(pl.when(skipped).then(pl.lit(reason)))
         repeated = pl.struct(self.data.key).is_first_distinct().not_()
         faults.append(pl.when(repeated).then(pl.lit(f"key {', '.join(self.data.key)} is repeated")))
-        marked = derived.with_columns(*labels, pl.coalesce(faults).alias(REASON))
-        return marked
+        named = (value.alias(carried(name)) for name, value in labels.items())
+        return derived.with_columns(*named, pl.coalesce(faults).alias(REASON))
 
     def undated(self) -> int:
         """Rows whose time is missing, which therefore belong to no day."""
@@ -197,6 +238,14 @@ class Source:
 
     def _scan(self, files: Sequence[Path]) -> pl.LazyFrame:
         return _scan(self.data, files)
+
+    def _mature(self, frame: pl.LazyFrame, label: str) -> pl.Expr:
+        """Whether the label of a row is known: not by what it says, or late positives would count and negatives not."""
+        days, last = self.data.matures_after_days.get(label), self.data.observed_until
+        day = self._day(frame)
+        if days is None or last is None or day is None:
+            return pl.lit(True)
+        return (day <= days_of(last)[0] - timedelta(days=days)).fill_null(False)
 
     def _day(self, frame: pl.LazyFrame) -> pl.Expr | None:
         if self.data.time is None:

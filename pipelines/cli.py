@@ -124,9 +124,15 @@ def report(run: "Run", partition: str | None) -> None:
 @click.option("--days", required=True, help="2026-03-01 or 2026-03-01..2026-03-07")
 @click.option("--rows", default=100_000, show_default=True, help="Impressions per day.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--click-rate", type=float, help="Mean click probability.  [default: 0.2]")
+@click.option("--conversion-rate", type=float, help="Add conversions: their mean probability, if clicked.")
+@click.option("--taste", type=float, help="Weight of a hidden affinity of user and item in clicks and conversions.")
+@click.option("--confounding", type=float, help="Weight of a hidden cause of both that nothing can teach.")
+@click.option("--delay-days", "conversion_delay_days", type=float, help="Mean delay of the conversions.")
+@click.option("--observed-until", metavar="DAY", help="The last day whose conversions are in the log.")
 @overwrite_option
-def generate(out: Path, days: str, rows: int, seed: int, overwrite: bool) -> None:
-    """Write days of the synthetic log, whose click probabilities are known."""
+def generate(out: Path, days: str, rows: int, seed: int, overwrite: bool, **dials: Any) -> None:
+    """Write days of the synthetic log, whose click (and conversion) probabilities are known."""
     with _reported():
         from base.config import parse_config
         from base.errors import ConfigError
@@ -138,7 +144,8 @@ def generate(out: Path, days: str, rows: int, seed: int, overwrite: bool) -> Non
             wanted = days_of(days)
         except ValueError as error:
             raise ConfigError(f"--days {error}") from None
-        config = parse_config(SyntheticConfig, {"rows_per_day": rows, "seed": seed}, source="generate")
+        given = {name: value for name, value in dials.items() if value is not None}
+        config = parse_config(SyntheticConfig, {"rows_per_day": rows, "seed": seed, **given}, source="generate")
         generate(config, wanted, out, overwrite=overwrite)
 
 

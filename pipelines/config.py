@@ -1,17 +1,21 @@
 """A run file: everything that one model, from log to scores, is decided by."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from base.config import Config
-from features.pipeline import FeaturePipeline
+from base.errors import ConfigError
+from features.pipeline import FeaturePipeline, FittedPipeline
+from features.schema import Schema
 from features.source import Data, Source, Table
 from features.transforms import AnyTransform
+from recsys.calibration import Method
 from recsys.device import DeviceName
 from recsys.gate import Gates
 from recsys.models import ModelConfig
+from recsys.models.funnel import FunnelConfig, require_funnel
 from recsys.trainer import TrainConfig
 
 
@@ -23,7 +27,10 @@ class Evaluation(Config):
     user: str | None = None
     """Raw column of the user: AUC within users as well."""
     truth: dict[str, str] = {}
-    """By label, a raw column with its known probability, as synthetic logs have: the noise floor of every metric."""
+    """By output, a raw column with its known probability, as synthetic logs have: the noise floor of every metric."""
+    entire_space: dict[str, str] = {}
+    """By output that presupposes a label, a raw 0/1 column that holds its own label on all impressions: what would
+    have followed a click, as synthetic logs know, or what users said of items shown at random."""
     pairs: tuple[tuple[str, str], ...] = ()
     """Pairs of raw columns whose joint effect the report draws, observed beside predicted."""
 
@@ -31,7 +38,25 @@ class Evaluation(Config):
     def columns(self) -> tuple[str, ...]:
         """All raw columns that it needs, derived ones included."""
         user = () if self.user is None else (self.user,)
-        return (*self.slices, *user, *self.truth.values(), *(column for pair in self.pairs for column in pair))
+        known = (*self.truth.values(), *self.entire_space.values())
+        return (*self.slices, *user, *known, *(column for pair in self.pairs for column in pair))
+
+
+class Sampling(Config):
+    """Down-sampling in training; scores are corrected for it exactly."""
+
+    negative_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the rows without a click (the first label) that training keeps, drawn anew every epoch."""
+
+
+class Calibration(Config):
+    """A map from the model's probabilities to those of a held-out day, fitted after training and kept in the bundle."""
+
+    method: Method
+    partition: str | None = None
+    """By default the validation rows. It may be neither trained nor tested on."""
+    outputs: tuple[str, ...] | None = None
+    """By default all. Each is calibrated by itself, so that a product need not stay one."""
 
 
 class Registry(Config):
@@ -58,11 +83,25 @@ class Run(Config):
     features: Annotated[tuple[AnyTransform, ...], Field(min_length=1)]
     model: ModelConfig
     train: TrainConfig = TrainConfig()
+    sampling: Sampling = Sampling()
+    calibrate: Calibration | None = None
     device: DeviceName = "auto"
     """Where to train, evaluate and score; `auto` is CUDA where there is one."""
     evaluate: Evaluation = Evaluation()
     gate: Gates = Gates()
     mlflow: Registry = Registry()
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> Self:
+        labels, funnel = tuple(self.data.labels), self.data.funnel
+        if isinstance(self.model, FunnelConfig):
+            require_funnel(self.model.name, labels, funnel)
+        if self.sampling.negative_rate < 1 and len(labels) > 1 and set(funnel) != set(labels):
+            raise ConfigError(
+                f"sampling.negative_rate = {self.sampling.negative_rate}: scores can be corrected for one label, or for "
+                f"a funnel of all of them; data.labels are {list(labels)}, data.funnel is {list(funnel)}"
+            )
+        return self
 
     @property
     def source(self) -> Source:
@@ -75,6 +114,11 @@ class Run(Config):
     @property
     def labels(self) -> tuple[str, ...]:
         return tuple(self.data.labels)
+
+    def schema_of(self, fitted: FittedPipeline) -> Schema:
+        """The contract of this run's examples."""
+        rate = self.sampling.negative_rate
+        return fitted.schema(self.data.key, self.labels, funnel=self.data.funnel, negative_rate=rate)
 
     @property
     def tracking_uri(self) -> str:

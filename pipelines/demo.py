@@ -77,9 +77,9 @@ def _table(runs: list[Run], speeds: list[float]) -> str:
         metrics = evaluation_of(run, HELD_OUT)[1]
         for label in run.labels:
             rows.append([run.model.name, "day 6", *_figures(headline(metrics, f"p_{label}")), f"{speed:,.0f}"])
-    for label, column in runs[-1].evaluate.truth.items():
+    for output, column in runs[-1].evaluate.truth.items():
         floor = headline(evaluation_of(runs[-1], HELD_OUT)[1], column)
-        rows.append([f"noise floor ({label})", "day 6", *_figures(floor), ""])
+        rows.append([f"noise floor ({output})", "day 6", *_figures(floor), ""])
     return aligned(rows)
 
 

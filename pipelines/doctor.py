@@ -93,7 +93,7 @@ def _device(cuda_build: bool) -> Finding:
 
 def _registry(config: Path) -> Finding:
     from pipelines.config import Run
-    from pipelines.train import registry_of
+    from pipelines.tracking import registry_of
 
     try:
         run = load_config(Run, config)

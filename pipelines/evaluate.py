@@ -1,21 +1,18 @@
 """evaluate: raw held-out rows through a bundle; every metric, whole and by slice."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import mlflow
 import polars as pl
 
-from base.errors import ConfigError, DataError
 from base.storage import publish, resolve
-from features.schema import Output, carried
-from features.source import REASON
+from features.schema import Output
 from pipelines.config import Run
-from pipelines.train import registry_of
+from pipelines.measure import held_out, measure, scored_table
+from pipelines.tracking import registry_of
 from recsys import metrics
 from recsys.bundle import Bundle
 from recsys.device import pick_device
-from serving.score import score
 
 
 def evaluate(run: Run, *, partition: str | None = None) -> pl.DataFrame:
@@ -31,41 +28,17 @@ def evaluate(run: Run, *, partition: str | None = None) -> pl.DataFrame:
     registry = registry_of(run)
     with registry.run(registry.run_of_training(bundle.version)):
         for output in bundle.outputs:
-            found = metrics.headline(table, output.name)
-            mlflow.log_metrics({f"{name.replace('=', '_')}.{output.name}.{k}": v for k, v in found.items()})
+            for space in table.filter(pl.col("output") == output.name)["space"].unique(maintain_order=True):
+                found = metrics.headline(table, output.name, space)
+                prefix = ".".join([name.replace("=", "_"), output.name, *_named(output, space)])
+                mlflow.log_metrics({f"{prefix}.{k}": v for k, v in found.items()})
         mlflow.log_artifact(str(resolve(run.evaluation_path(name)) / "metrics.parquet"), "evaluation")
     return table
 
 
-def held_out(run: Run, partition: str | None) -> list[str]:
-    """The partition asked for, or all test partitions. Raises ConfigError if there are none."""
-    partitions = [partition] if partition else run.source.partitions("test")
-    if not partitions:
-        raise ConfigError("data.split has no test rows; name a test day or share, or pass --partition")
-    return partitions
-
-
-def scored_table(run: Run, bundle: Bundle, partitions: Sequence[str]) -> pl.DataFrame:
-    """Keys, labels, slices, known truth and probabilities of the good rows of raw partitions."""
-    labels = {carried(label): label for label in run.labels}
-    carry = list(dict.fromkeys([*run.data.key, *labels, *run.evaluate.columns]))
-    parts: list[pl.DataFrame] = []
-    for partition in partitions:
-        good = run.source.checked(partition).filter(pl.col(REASON).is_null())
-        parts += list(score(bundle, good, carry=carry))
-    if not parts or not sum(p.height for p in parts):
-        raise DataError(
-            f"{', '.join(partitions)}: {run.data.path} has no rows to measure on; check the path and data.split"
-        )
-    # A label may be called like a raw column that is carried too: then the label is meant.
-    table = pl.concat(parts)
-    return table.drop([name for name in labels.values() if name in table.columns]).rename(labels)
-
-
-def measure(run: Run, outputs: Sequence[Output], scored: pl.DataFrame) -> pl.DataFrame:
-    """The metrics of every output and, where the truth is known, of the truth itself: the noise floor."""
-    truth = [Output(name=column, label=label) for label, column in run.evaluate.truth.items()]
-    return metrics.evaluate(scored, [*outputs, *truth], by=run.evaluate.slices, user=run.evaluate.user)
+def _named(output: Output, space: str) -> list[str]:
+    """A metric of a conditional probability says of which rows it speaks."""
+    return [] if output.given is None else [space.replace(" ", "_")]
 
 
 def evaluation_of(run: Run, partition: str | None = None) -> tuple[pl.DataFrame, pl.DataFrame, Path]:

@@ -1,5 +1,6 @@
 """prepare: raw partitions in, fitted features and partitions of examples out."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import polars as pl
 
 from base.errors import ArtefactError, DataError
-from base.storage import Staging, is_published, publish, read_manifest, resolve, verify
+from base.storage import Staging, dump_json, is_published, publish, read_manifest, resolve, verify
 from features.columns import explained, require
 from features.pipeline import FittedPipeline
 from features.schema import carried
@@ -31,12 +32,20 @@ def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = p
     undated = source.undated()
     counts = {partition: _check(run, partition) for partition in [*training, *source.partitions("valid")]}
     good = sum(c["good"] for p, c in counts.items() if p in training)
+    for role in ("train", "valid"):
+        for label in run.labels:
+            if all(counts[p]["unknown"][label] == counts[p]["good"] for p in source.partitions(role)):
+                raise DataError(
+                    f"label {label!r} is not known of any {role} row by {run.data.observed_until}, where it matures "
+                    f"after {run.data.matures_after_days.get(label)} days: let data.split.{role} end earlier"
+                )
     _limit(run, "data.time", undated, good, {"time is missing": undated})
     identity = {p: source.fingerprint(p)["sha256"] for p in counts}
     fitted = _fit(run, training, identity, overwrite=overwrite, say=say)
     for partition in counts:
         target = run.examples_path(partition)
-        about = {"partition": partition, "pipeline": fitted.version, "raw": source.fingerprint(partition)}
+        raw = source.fingerprint(partition)
+        about = {"partition": partition, "pipeline": fitted.version, "raw": raw, "log": _log_of(run, partition)}
         folder = _whole(target, "examples", overwrite=overwrite)
         if folder and _about(folder) == about:
             say(f"{partition}: examples are there already")
@@ -46,7 +55,8 @@ def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = p
             _write(run, fitted, partition, staging)
         reasons = "".join(f"; set aside {n} x {r}" for r, n in counts[partition]["bad"].items())
         reasons += f" -> {target}/rejected.parquet" if reasons else ""
-        say(f"{partition}: {counts[partition]['good']:,} examples{reasons}")
+        unknown = "".join(f"; {label} not known yet of {n:,}" for label, n in counts[partition]["unknown"].items() if n)
+        say(f"{partition}: {counts[partition]['good']:,} examples{unknown}{reasons}")
     return fitted
 
 
@@ -72,7 +82,9 @@ def _fit(
     run: Run, training: list[str], identity: dict[str, str], *, overwrite: bool, say: Callable[[str], None]
 ) -> FittedPipeline:
     target = run.features_path
-    about: dict[str, Any] = {"fitted_on": {p: identity[p] for p in training}}
+    about: dict[str, Any] = {
+        "fitted_on": {p: {"sha256": identity[p], "log": _log_of(run, p)} for p in training},
+    }
     if folder := _whole(target, "features", overwrite=overwrite):
         stored = FittedPipeline.load(folder)
         if stored.recipe == run.pipeline and read_manifest(folder).about == about:
@@ -92,18 +104,30 @@ def _good(run: Run, partition: str) -> pl.LazyFrame:
     return run.source.checked(partition).filter(pl.col(REASON).is_null())
 
 
+def _log_of(run: Run, partition: str) -> str:
+    """Hash of the settings, beside the files, that decide a partition's rows and labels."""
+    settings = {
+        "data": run.data.recipe(partition),
+        "tables": [table.model_dump(mode="json", exclude={"path"}) for table in run.tables],
+        "derive": run.derive,
+    }
+    return hashlib.sha256(dump_json(settings)).hexdigest()[:16]
+
+
 def _check(run: Run, partition: str) -> dict[str, Any]:
     """Rows to learn from, and bad ones by reason."""
     with explained(f"{run.data.path}, {partition}"):
         marked = run.source.checked(partition)
         run.pipeline.kinds(marked)
-        found = marked.group_by(REASON).agg(pl.len()).sort(REASON).collect(engine="streaming")
-    reasons = dict(found.iter_rows())
+        unknown = (pl.col(carried(label)).is_null().sum().alias(carried(label)) for label in run.labels)
+        found = marked.group_by(REASON).agg(pl.len(), *unknown).sort(REASON).collect(engine="streaming")
+    reasons = dict(found.select(REASON, "len").iter_rows())
     good = reasons.pop(None, 0)
     _limit(run, partition, sum(reasons.values()), good, reasons)
     if good == 0:
         raise DataError(f"{partition}: {run.data.path} has no rows for it; check the path, data.where and data.split")
-    return {"good": good, "bad": reasons}
+    kept = found.filter(pl.col(REASON).is_null())
+    return {"good": good, "bad": reasons, "unknown": {label: kept[carried(label)].item() for label in run.labels}}
 
 
 def _limit(run: Run, where: str, bad: int, good: int, reasons: dict[str, int]) -> None:
@@ -147,4 +171,4 @@ def _whole(target: Path, kind: str, *, overwrite: bool) -> Path | None:
 
 def _about(folder: Path) -> dict[str, Any]:
     about = read_manifest(folder).about
-    return {key: about.get(key) for key in ("partition", "pipeline", "raw")}
+    return {key: about.get(key) for key in ("partition", "pipeline", "raw", "log")}

@@ -3,8 +3,8 @@
 import mlflow
 
 from pipelines.config import Run
-from pipelines.evaluate import held_out, measure, scored_table
-from pipelines.train import registry_of
+from pipelines.measure import held_out, measure, scored_table
+from pipelines.tracking import registry_of
 from recsys.bundle import Bundle
 from recsys.device import pick_device
 from recsys.gate import Verdict, judge

@@ -25,9 +25,10 @@ from features.source import REASON
 from features.transforms import UNKNOWN
 from pipelines import plots
 from pipelines.config import Run
-from pipelines.evaluate import evaluation_of, held_out
+from pipelines.evaluate import evaluation_of
+from pipelines.measure import held_out, questions
 from pipelines.plots import Plot
-from pipelines.train import registry_of
+from pipelines.tracking import registry_of
 from recsys import metrics
 from recsys.bundle import Bundle
 from recsys.data import batches, to_columns
@@ -60,7 +61,7 @@ def report(run: Run, *, partition: str | None = None) -> Path:
     drawn: list[Plot] = []
     sections = [
         _heading(facts, _registered(run, registry.versions_of_run(run_id))),
-        *(_quality(facts, output, drawn) for output in facts.bundle.outputs),
+        *(_quality(facts, output, drawn) for output in questions(run, facts.bundle.outputs)),
         _how_it_learned(facts, drawn),
         _slices(facts, drawn),
         _attention(facts, drawn),
@@ -98,7 +99,7 @@ class _Facts:
 
     def truth_of(self, output: Output) -> str | None:
         """The column of the output's known probability."""
-        return self.run.evaluate.truth.get(output.label)
+        return self.run.evaluate.truth.get(output.name)
 
 
 def _gather(run: Run, partition: str | None) -> _Facts:
@@ -112,7 +113,11 @@ def _gather(run: Run, partition: str | None) -> _Facts:
         raise ArtefactError(
             f"{target}: is of bundle {measured}, but the run's bundle is {bundle.version}; run `recsys evaluate` again"
         )
-    wanted = {*run.evaluate.truth.values(), *(column for pair in run.evaluate.pairs for column in pair)}
+    wanted = {
+        *run.evaluate.truth.values(),
+        *run.evaluate.entire_space.values(),
+        *(column for pair in run.evaluate.pairs for column in pair),
+    }
     missing = sorted(wanted - set(scored.columns) | set(run.evaluate.slices) - set(table["slice"]))
     if missing:
         raise ArtefactError(
@@ -235,11 +240,13 @@ def _how_it_learned(facts: _Facts, drawn: list[Plot]) -> Html:
 
 
 def _quality(facts: _Facts, output: Output, drawn: list[Plot]) -> Html:
-    found = metrics.headline(facts.table, output.name)
+    found = metrics.headline(facts.table, output.name, output.space)
     truth = facts.truth_of(output)
-    floor = metrics.headline(facts.table, truth) if truth else None
-    known = facts.scored.filter(pl.col(output.label).is_not_null())
+    floor = metrics.headline(facts.table, truth, output.space) if truth else None
+    known = facts.scored.filter(metrics.in_space(facts.scored, output))
+    base = output.name if output in facts.bundle.outputs else f"{output.name}-everywhere"
     labels_N, scores_N = known[output.label].to_numpy() == 1, known[output.name].to_numpy()
+    on = "" if len(facts.bundle.outputs) == 1 else f", on {output.space}"
     numbers: list[list[str]] = []
     for metric, (title, form, meaning) in _METRICS.items():
         if metric in found:
@@ -250,19 +257,19 @@ def _quality(facts: _Facts, output: Output, drawn: list[Plot]) -> Html:
     if 0 < found["positives"] < found["rows"]:
         of_truth = metrics.roc_curve(known[output.label], known[truth]) if truth else None
         curve = metrics.roc_curve(labels_N, scores_N)
-        drawing = plots.roc(f"{output.name}-roc", curve, of_truth)
+        drawing = plots.roc(f"{base}-roc", curve, of_truth)
         figures.append(_figure(drawn, drawing, "Ranking", "The higher above guessing, the better."))
     if found["rows"]:
         bins = metrics.calibration_curve(labels_N, scores_N)
-        spread = plots.histogram(f"{output.name}-scores", output.label, scores_N, labels_N)
+        spread = plots.histogram(f"{base}-scores", output.label, scores_N, labels_N)
         figures += [
-            _figure(drawn, plots.calibration(f"{output.name}-calibration", bins), "Calibration",
+            _figure(drawn, plots.calibration(f"{base}-calibration", bins), "Calibration",
                     f"{bins.height} bins of equally many rows; on the line, probabilities are right."),
             _figure(drawn, spread, "Separation", "The further apart, the better the model tells them apart."),
         ]  # fmt: skip
     return _tag(
         "section",
-        _tag("h2", f"Quality of {output.name}, the probability of {output.label} = 1"),
+        _tag("h2", f"Quality of {output.name}, the probability of {output.label} = 1{on}"),
         *(_tag("p", sentence) for sentence in _reading(output, found, floor)),
         _table(head, numbers, kind="headline"),
         _tag("p", f"{found['rows']:,.0f} rows, {found['positives']:,.0f} of them positive"
@@ -316,10 +323,10 @@ def _slices(facts: _Facts, drawn: list[Plot]) -> Html:
 
 def _slice(facts: _Facts, output: Output, column: str, drawn: list[Plot]) -> list[Html]:
     here = facts.table.filter(pl.col("slice") == column)
-    found = here.filter(pl.col("output") == output.name)
+    found = here.filter(pl.col("output") == output.name, pl.col("space") == output.space)
     truth = facts.truth_of(output)
-    floor = here.filter(pl.col("output") == truth) if truth else None
-    whole = metrics.headline(facts.table, output.name)
+    floor = here.filter(pl.col("output") == truth, pl.col("space") == output.space) if truth else None
+    whole = metrics.headline(facts.table, output.name, output.space)
     values, rows = found["value"].to_list(), found["rows"].to_list()
     auc = plots.dots(
         f"{output.name}-auc-by-{_file_name(column)}",
@@ -513,7 +520,7 @@ def _cells(
 
     Known probabilities are averaged as log-odds, in which effects add up; of labels only the count has log-odds.
     """
-    table = scored.filter(pl.col(output.label).is_not_null())
+    table = scored.filter(metrics.in_space(scored, output))
     whole = table.height
     for column in pair:
         sizes = table.group_by(column).len().sort("len", column, descending=[True, False], nulls_last=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from base.storage import MANIFEST
 from pipelines.config import Run
-from pipelines.evaluate import held_out
-from pipelines.train import registry_of
+from pipelines.measure import held_out
+from pipelines.tracking import registry_of
 from recsys.bundle import Bundle
 from recsys.device import pick_device
 from recsys.registry import CHAMPION

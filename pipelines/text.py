@@ -7,17 +7,17 @@ _COLUMNS = ("auc", "log_loss", "normalized_entropy", "calibration_ratio", "ece",
 
 def metrics_table(evaluation: pl.DataFrame) -> str:
     """One line per output and slice."""
-    head = ["output", "slice", "rows", "AUC", "log loss", "NE", "calibration", "ECE", "user AUC"]
+    head = ["output", "measured on", "slice", "rows", "AUC", "log loss", "NE", "calibration", "ECE", "user AUC"]
     rows = [
-        [r["output"], "all" if r["slice"] == "all" else f"{r['slice']} = {r['value']}", f"{r['rows']:,}"]
+        [r["output"], r["space"], "all" if r["slice"] == "all" else f"{r['slice']} = {r['value']}", f"{r['rows']:,}"]
         + ["-" if r[c] is None else f"{r[c]:.4f}" for c in _COLUMNS]
         for r in evaluation.iter_rows(named=True)
     ]
-    return aligned([head, *rows])
+    return aligned([head, *rows], left=3)
 
 
-def aligned(rows: list[list[str]]) -> str:
-    """Columns of equal width; the first two to the left, the rest to the right."""
+def aligned(rows: list[list[str]], *, left: int = 2) -> str:
+    """Columns of equal width; the first `left` to the left, the rest to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    pad = [str.ljust if i < 2 else str.rjust for i in range(len(widths))]
+    pad = [str.ljust if i < left else str.rjust for i in range(len(widths))]
     return "\n".join("  ".join(p(c, w) for p, c, w in zip(pad, row, widths, strict=True)).rstrip() for row in rows)

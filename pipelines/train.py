@@ -12,25 +12,23 @@ from mlflow.data.http_dataset_source import HTTPDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 
 import serving.pyfunc as served
-from base.errors import DataError
+from base.errors import ConfigError, DataError, did_you_mean
 from base.storage import dump_json, read_manifest, resolve
 from features.pipeline import FittedPipeline
 from features.source import REASON
 from pipelines.config import Run
+from pipelines.measure import scored_table
 from pipelines.prepare import examples_of
+from pipelines.tracking import registry_of
 from recsys import trainer
 from recsys.bundle import Bundle, golden_rows, load_model
+from recsys.calibration import Calibrator, fit_calibrator
 from recsys.data import ExampleStream
 from recsys.device import pick_device
-from recsys.registry import ModelRegistry
+from recsys.metrics import in_space
 from recsys.trainer import Progress, Trained
 
 GOLDEN_ROWS = 64
-
-
-def registry_of(run: Run) -> ModelRegistry:
-    """The run's MLflow. Raises RegistryError if it does not answer."""
-    return ModelRegistry(run.tracking_uri, experiment=run.mlflow.experiment, name=run.mlflow.model)
 
 
 def train(
@@ -46,7 +44,7 @@ def train(
         raise DataError(
             f"{run.features_path}: fitted from other [[features]] or [derive]; run `recsys prepare --overwrite`"
         )
-    schema = fitted.schema(run.data.key, run.labels)
+    schema = run.schema_of(fitted)
     training, validation = run.source.partitions("train"), run.source.partitions("valid")
     folders = {
         p: resolve(run.examples_path(p), "examples", made_by="`recsys prepare`") for p in [*training, *validation]
@@ -58,6 +56,7 @@ def train(
         shuffle=True,
         seed=run.train.seed,
         window=run.train.shuffle_window,
+        sampled=True,
     )
     valid = ExampleStream(tuple(examples_of(run, validation, fitted)), schema, run.train.batch_size)
     identity = hashlib.sha256(dump_json({p: f.name for p, f in folders.items()})).hexdigest()
@@ -86,7 +85,7 @@ def train(
 
 
 def _bundle(run: Run, fitted: FittedPipeline, trained: Trained) -> Bundle:
-    schema = fitted.schema(run.data.key, run.labels)
+    schema = run.schema_of(fitted)
     model = load_model(run.model, schema, trained.weights, where=run.folder / "training")
     bundle = Bundle(
         model=model,
@@ -97,9 +96,37 @@ def _bundle(run: Run, fitted: FittedPipeline, trained: Trained) -> Bundle:
         metrics={"best_epoch": trained.best_epoch, "history": trained.history, "curve": trained.curve},
         golden=pl.DataFrame(),
     )
+    bundle = replace(bundle, calibrators=_calibrators(run, bundle))
     held_out = run.source.checked(run.source.partitions("valid")[0]).filter(pl.col(REASON).is_null())
     raw = held_out.select(bundle.inputs).head(GOLDEN_ROWS).collect()
     return replace(bundle, golden=golden_rows(bundle, raw)).save(run.bundle_path, overwrite=True)
+
+
+def _calibrators(run: Run, bundle: Bundle) -> dict[str, Calibrator]:
+    """One for each output asked for, from rows that the model has not been trained on."""
+    if run.calibrate is None:
+        return {}
+    names = [o.name for o in bundle.outputs]
+    wanted = run.calibrate.outputs or names
+    if unknown := [n for n in wanted if n not in names]:
+        hint = did_you_mean(unknown[0], names, f"; the outputs are {', '.join(names)}")
+        raise ConfigError(f"calibrate.outputs: {unknown[0]!r} is no output of {run.model.name}{hint}")
+    partition = run.calibrate.partition
+    for role in ("train", "test"):
+        if partition in run.source.partitions(role):
+            raise ConfigError(
+                f"calibrate.partition = {partition!r} is a {role} partition: calibrate on rows that are "
+                "neither trained on nor tested on, such as the validation day"
+            )
+    scored = scored_table(run, bundle, [partition] if partition else run.source.partitions("valid"))
+    fitted: dict[str, Calibrator] = {}
+    for output in bundle.outputs:
+        if output.name in wanted:
+            rows = scored.filter(in_space(scored, output))
+            fitted[output.name] = fit_calibrator(
+                run.calibrate.method, rows[output.label], rows[output.name], name=output.name
+            )
+    return fitted
 
 
 def _log(run: Run, trained: Trained, examples: dict[str, dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ class Batch(Pipelineable):
     sparse: KeyedJaggedTensor
     """int64 ids, one key per sparse feature of the schema, in its order."""
     labels_BT: Tensor
-    """float32, 0 or 1; T is 0 where labels are not known."""
+    """float32: 0, 1, or NaN for a label that is not known yet; T is 0 in scoring."""
 
     def __len__(self) -> int:
         return self.dense_BN.shape[0]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from base.errors import ArtefactError, DataError
 from base.storage import Staging, dump_json, is_published, publish, resolve, verify
 from features.pipeline import FittedPipeline
 from features.schema import Output, Schema
+from recsys.calibration import Calibrator, calibrated
 from recsys.data import IdCount, IdPolicy, batches, to_columns
 from recsys.device import CPU
 from recsys.models import Model, ModelConfig, build_model
@@ -23,6 +24,7 @@ from recsys.tensors import load_tensors, save_tensors
 
 KIND = "bundle"
 _MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+_CALIBRATORS: TypeAdapter[dict[str, Calibrator]] = TypeAdapter(dict[str, Calibrator])
 _ROWS = "golden.parquet"
 _GOLDEN_TOLERANCE = 1e-6
 
@@ -41,6 +43,8 @@ class Bundle:
     """What was measured on the validation rows, per evaluation."""
     golden: pl.DataFrame
     """A few raw rows with the probabilities they must get."""
+    calibrators: Mapping[str, Calibrator] = field(default_factory=dict[str, Calibrator])
+    """By output: what turns the model's probability into a calibrated one; applied wherever the bundle scores."""
     version: str = ""
     """Content hash of the stored bundle; empty before it is saved."""
     device: torch.device = CPU
@@ -84,6 +88,9 @@ class Bundle:
                 raise DataError(
                     f"{(~np.isfinite(p_BO)).sum()} of {p_BO.size} probabilities are not finite; do not publish"
                 )
+            for i, name in enumerate(names):
+                if name in self.calibrators:
+                    p_BO[:, i] = calibrated(self.calibrators[name], p_BO[:, i])
             yield pl.DataFrame({name: p_BO[:, i] for i, name in enumerate(names)})
 
     def check_golden(self) -> None:
@@ -113,6 +120,7 @@ class Bundle:
             "model": self.model_config.model_dump(mode="json"),
             "settings": self.settings,
             "metrics": self.metrics,
+            "calibration": {name: c.model_dump(mode="json") for name, c in self.calibrators.items()},
         }
         for name, value in about.items():
             (staging / f"{name}.json").write_bytes(dump_json(value))
@@ -147,6 +155,7 @@ class Bundle:
             settings=_json(folder / "settings.json"),
             metrics=_json(folder / "metrics.json"),
             golden=_table(folder / _ROWS),
+            calibrators=_json(folder / "calibration.json", _CALIBRATORS.validate_python),
             version=manifest.version,
         )
 

@@ -2,11 +2,13 @@
 
 Rows are shuffled within a window of row groups (2^17 rows each) whose order is shuffled too: a global shuffle for up to
 `window` groups, and bounded memory above. Everything follows from (seed, epoch), so a position is just a batch number.
+Where negatives are down-sampled, each row group keeps its positives and a seeded draw of its negatives, anew each epoch.
 """
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -96,7 +98,10 @@ class Columns:
 def to_columns(
     frame: pl.DataFrame, schema: Schema, *, labels: bool, policy: IdPolicy = "error", count: IdCount | None = None
 ) -> Columns:
-    """Turn a frame of examples into tensors, checking every id. Raises DataError on a missing value or column."""
+    """Turn a frame of examples into tensors, checking every id; labels not known yet (null) become NaN.
+
+    Raises DataError on a missing value or column.
+    """
     count = count if count is not None else IdCount()
     needed = [f.name for f in (*schema.sparse, *schema.dense)] + [carried(n) for n in schema.labels if labels]
     if absent := [name for name in needed if name not in frame.columns]:
@@ -124,7 +129,8 @@ def to_columns(
         ids.append(check_ids(ids_V, feature, policy, count))
     dense = [f.name for f in schema.dense]
     names = [carried(label) for label in schema.labels] if labels else []
-    return Columns(schema, _matrix(frame, dense), _matrix(frame, names), ids, offsets)
+    known = frame.with_columns(pl.col(name).cast(pl.Float32).fill_null(float("nan")) for name in names)
+    return Columns(schema, _matrix(frame, dense), _matrix(known, names), ids, offsets)
 
 
 def _matrix(frame: pl.DataFrame, names: Sequence[str]) -> Tensor:
@@ -158,13 +164,15 @@ class ExampleStream:
     world: int = 1
     policy: IdPolicy = "error"
     count: IdCount = field(default_factory=IdCount)
+    sampled: bool = False
+    """Whether to keep only the schema's `negative_rate` of the rows whose first label (of the funnel) is 0."""
 
     def rows(self) -> int:
-        """Rows of all ranks together."""
-        return sum(rows for _, _, rows in self._groups())
+        """Rows of all ranks together, before sampling."""
+        return sum(rows for _, _, rows in self._groups)
 
     def batches_per_epoch(self, epoch: int) -> int:
-        """Batches each rank sees in an epoch; with uneven row groups it differs a little between epochs."""
+        """Batches each rank sees in an epoch; with uneven row groups or sampling it differs a little between epochs."""
         return sum(-(-(rows // self.world) // self.batch_size) for rows in self._window_rows(epoch))
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
@@ -174,7 +182,7 @@ class ExampleStream:
         with ThreadPoolExecutor(1) as reader:  # reads ahead; pyarrow and Polars release the interpreter lock
             pending = None
             for i, window in enumerate(windows):
-                rows = sum(rows for _, _, rows in window) // self.world
+                rows = sum(self._kept(group, epoch) for group in window) // self.world
                 number = -(-rows // self.batch_size)
                 if passed + number <= start:
                     passed += number
@@ -187,6 +195,7 @@ class ExampleStream:
                     yield columns.batch(position, min(position + self.batch_size, rows))
                 passed += number
 
+    @cached_property
     def _groups(self) -> list[tuple[Path, int, int]]:
         found: list[tuple[Path, int, int]] = []
         for file in self.files:
@@ -195,19 +204,60 @@ class ExampleStream:
         return found
 
     def _windows(self, epoch: int) -> list[list[tuple[Path, int, int]]]:
-        groups = self._groups()
+        groups = self._groups
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(groups))
             groups = [groups[i] for i in order]
         return [groups[i : i + self.window] for i in range(0, len(groups), self.window)]
 
     def _window_rows(self, epoch: int) -> list[int]:
-        return [sum(rows for _, _, rows in window) for window in self._windows(epoch)]
+        return [sum(self._kept(group, epoch) for group in window) for window in self._windows(epoch)]
+
+    @property
+    def _sampled_label(self) -> str | None:
+        """Column of the label whose negatives are thinned out, if any."""
+        if not self.sampled or self.schema.negative_rate == 1:
+            return None
+        return carried((self.schema.funnel or self.schema.labels)[0])
+
+    @cached_property
+    def _negatives(self) -> dict[tuple[Path, int], int]:
+        """Negatives of each row group, where they are sampled."""
+        label = self._sampled_label
+        if label is None:
+            return {}
+        found: dict[tuple[Path, int], int] = {}
+        for file, i, _ in self._groups:
+            column = pq.ParquetFile(file).read_row_group(i, columns=[label]).column(0)
+            found[file, i] = int((pl.Series(column) == 0).sum())
+        return found
+
+    def _draw(self, group: tuple[Path, int, int], epoch: int) -> tuple[np.random.Generator, int]:
+        """The group's own generator, and how many negatives to keep: the rate exactly, rounded at random."""
+        number = self._groups.index(group)
+        rng = np.random.default_rng((self.seed, epoch, number, 1))
+        return rng, int(self.schema.negative_rate * self._negatives[group[:2]] + rng.random())
+
+    def _kept(self, group: tuple[Path, int, int], epoch: int) -> int:
+        if self._sampled_label is None:
+            return group[2]
+        return group[2] - self._negatives[group[:2]] + self._draw(group, epoch)[1]
+
+    def _read_group(self, group: tuple[Path, int, int], epoch: int, names: list[str]) -> pl.DataFrame:
+        frame = pl.from_arrow(pq.ParquetFile(group[0]).read_row_group(group[1], columns=names))
+        assert isinstance(frame, pl.DataFrame)
+        label = self._sampled_label
+        if label is None:
+            return frame
+        rng, keep = self._draw(group, epoch)
+        negative_R = (frame[label] == 0).fill_null(False).to_numpy()
+        kept_R = ~negative_R
+        kept_R[rng.choice(np.flatnonzero(negative_R), keep, replace=False)] = True
+        return frame.filter(kept_R)
 
     def _read(self, window: list[tuple[Path, int, int]], epoch: int, index: int) -> Columns:
         names = [f.name for f in (*self.schema.sparse, *self.schema.dense)] + [carried(n) for n in self.schema.labels]
-        parts = [pl.from_arrow(pq.ParquetFile(file).read_row_group(i, columns=names)) for file, i, _ in window]
-        frame = pl.concat([p for p in parts if isinstance(p, pl.DataFrame)])
+        frame = pl.concat([self._read_group(group, epoch, names) for group in window])
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch, index)).permutation(frame.height)
             frame = frame[order]

@@ -83,7 +83,7 @@ def shard(model: nn.Module, device: torch.device, adagrad: Mapping[str, float], 
             sharding_types=["table_wise"], compute_kernels=["fused"], bounds_check_mode=BoundsCheckMode.FATAL
         )
         for collection in collections
-        for name in collection.names
+        for name in collection.table_names
     }
     world = dist.get_world_size()
     topology = Topology(world_size=world, compute_device=device.type)
@@ -92,7 +92,7 @@ def shard(model: nn.Module, device: torch.device, adagrad: Mapping[str, float], 
     group = dist.group.WORLD
     plan = planner.plan(model, sharders) if world == 1 else planner.collective_plan(model, sharders, group)
     module = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
-    init_std = {name: c.init_std for c in collections for name in c.names}
+    init_std = {name: c.init_std for c in collections for name in c.table_names}
     return Sharded(module, _tables(module), _dense(module), init_std)
 
 

@@ -1,5 +1,7 @@
 """One vector per field: table rows for ids, a scaled vector for numbers."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, PoolingType
@@ -8,7 +10,8 @@ from base.errors import ConfigError
 from features.schema import Schema
 from recsys.batch import Batch
 
-# Shape suffixes: B = batch, F = fields (sparse, then dense), S = sparse, N = dense fields, D = embedding dimension.
+# Shape suffixes: B = batch, F = fields (sparse, then dense), S = sparse, N = dense fields, D = embedding dimension,
+# C = copies.
 
 WIDTH_UNIT = 4
 """fbgemm's rows are multiples of four floats."""
@@ -19,9 +22,17 @@ class Embeddings(nn.Module):
 
     Initially normal with `init_std`: at 0.01 AutoInt learned slower (synthetic log, 2 epochs: AUC .675, not .710).
     Ids: the mean of the rows in a bag, 0 for an empty one (AutoInt, equations 2 and 3). Numbers: v_m x_m (equation 4).
+    `copies` names independent sets of tables for tasks that share nothing; `separate` gives one embedding for each.
     """
 
-    def __init__(self, schema: Schema, dim: int, table_device: torch.device, init_std: float = 0.1) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        dim: int,
+        table_device: torch.device,
+        init_std: float = 0.1,
+        copies: Sequence[str] = ("",),
+    ) -> None:
         super().__init__()
         if dim % WIDTH_UNIT:
             raise ConfigError(f"model.dim = {dim}: fbgemm needs a multiple of {WIDTH_UNIT}; try {-(-dim // 4) * 4}")
@@ -29,28 +40,38 @@ class Embeddings(nn.Module):
             raise ConfigError(
                 "features: none gives ids; add a vocabulary, hash, cross, boundaries or quantiles feature"
             )
-        self.names = [f.name for f in schema.sparse]
         self.dim = dim
         self.init_std = init_std
+        self.copies = len(copies)
+        tables = [(f, f"{f.name}@{copy}" if copy else f.name) for copy in copies for f in schema.sparse]
+        self.table_names = [table for _, table in tables]
+        # TorchRec names the embedding of a feature that several tables share `feature@table`.
+        self.names = [f"{f.name}@{table}" if len(copies) > 1 else f.name for f, table in tables]
         self.tables = EmbeddingBagCollection(
             tables=[
                 EmbeddingBagConfig(
-                    name=f.name,
+                    name=table,
                     feature_names=[f.name],
                     num_embeddings=f.rows,
                     embedding_dim=dim,
                     pooling=PoolingType.MEAN,
                 )
-                for f in schema.sparse
+                for f, table in tables
             ],
             device=table_device,
         )
-        self.numeric_ND = nn.Parameter(torch.randn(len(schema.dense), dim) * init_std)
+        self.numeric_ND = nn.Parameter(torch.randn(self.copies * len(schema.dense), dim) * init_std)
+        """One copy after the other."""
 
     def forward(self, batch: Batch) -> Tensor:
-        ids_BSD = in_order(self.tables(batch.sparse), self.names, self.dim)
-        numbers_BND = batch.dense_BN.unsqueeze(2) * self.numeric_ND
-        return torch.cat([ids_BSD, numbers_BND], dim=1)
+        return self.separate(batch)[:, 0]
+
+    def separate(self, batch: Batch) -> Tensor:
+        """embedding_BCFD: one per copy."""
+        pooled_BCSD = in_order(self.tables(batch.sparse), self.names, self.dim).unflatten(1, (self.copies, -1))
+        vectors_CND = self.numeric_ND.view(self.copies, batch.dense_BN.shape[1], self.dim)
+        numbers_BCND = batch.dense_BN[:, None, :, None] * vectors_CND
+        return torch.cat([pooled_BCSD, numbers_BCND], dim=2)
 
 
 def in_order(pooled: KeyedTensor, names: list[str], dim: int) -> Tensor:

@@ -1,5 +1,10 @@
-"""Losses, each as its formula."""
+"""Losses, each as its formula. Labels are 0, 1, or NaN where not known yet: such terms count for nothing.
 
+Names as in the papers on post-click conversion: o = click, r = conversion, p = predicted click probability
+(propensity), q = predicted conversion probability given a click; δ = log loss of q against r.
+"""
+
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -7,5 +12,90 @@ from torch.nn import functional
 
 
 def log_loss(logits_BT: Tensor, labels_BT: Tensor) -> Tensor:
-    """Mean binary log loss over examples, summed over tasks (AutoInt, equation 10). Returns a scalar."""
-    return functional.binary_cross_entropy_with_logits(logits_BT, labels_BT, reduction="none").mean(0).sum()
+    """Mean binary log loss over the examples whose label is known, summed over tasks (AutoInt, equation 10). Scalar."""
+    known_T = (~labels_BT.isnan()).sum(0).clamp(min=1)
+    return (cross_entropy(logits_BT, labels_BT).sum(0) / known_T).sum()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary log loss of each element; 0 where the label is not known. Any shape."""
+    given = labels.nan_to_num()
+    return functional.binary_cross_entropy_with_logits(logits, given, reduction="none") * ~labels.isnan()
+
+
+def mean_log_loss(logits_B: Tensor, labels_B: Tensor) -> Tensor:
+    """`log_loss` of one task. Scalar."""
+    return log_loss(logits_B.unsqueeze(1), labels_B.unsqueeze(1))
+
+
+def log_loss_of_product(a_B: Tensor, b_B: Tensor, labels_B: Tensor) -> Tensor:
+    """Mean log loss of σ(a)σ(b) against known labels, from the logits (ESMM, equation 3, second sum). Scalar.
+
+    1 - σ(a)σ(b) = (e^-a + e^-b + e^-(a+b)) σ(a)σ(b), so that nothing is lost where a probability is near 0 or 1.
+    """
+    both_B = functional.logsigmoid(a_B) + functional.logsigmoid(b_B)
+    neither_B = torch.logsumexp(torch.stack([-a_B, -b_B, -a_B - b_B]), dim=0) + both_B
+    known_B = ~labels_B.isnan()
+    y_B = labels_B.nan_to_num()
+    return mean(-(y_B * both_B + (1 - y_B) * neither_B), known_B)
+
+
+def mean(values_B: Tensor, where_B: Tensor, weight_B: Tensor | None = None) -> Tensor:
+    """Mean over the rows of `where_B`, weighted if asked; 0 if there are none. Scalar."""
+    counted_B = where_B.to(values_B.dtype) if weight_B is None else where_B * weight_B
+    return (torch.where(where_B, values_B, 0.0) * counted_B).sum() / counted_B.sum().clamp(min=1)
+
+
+def clicked_log_loss(q_logits_B: Tensor, o_B: Tensor, r_B: Tensor) -> Tensor:
+    """Mean δ over clicked rows: conversion learned where it is seen; 0 in a batch without a click. Scalar."""
+    return mean(cross_entropy(q_logits_B, r_B), (o_B == 1) & ~r_B.isnan())
+
+
+# In the entire space. D: rows with known labels; n_B: how many impressions a row stands for, 1 unless non-clicks were
+# down-sampled; |D| = Σ n.
+
+
+def inverse_propensities(p_B: Tensor, floor: float, clip: float) -> Tensor:
+    """min(1 / max(p, floor), clip / mean(p)), constants for autograd.
+
+    The cap is relative to the mean propensity: an absolute one, as 15, would flatten every weight at 3 % clicks.
+    """
+    p_B = p_B.detach().clamp(min=floor)
+    return torch.minimum(1 / p_B, clip / p_B.mean())
+
+
+def ips_loss(
+    q_logits_B: Tensor, o_B: Tensor, r_B: Tensor, p_B: Tensor, n_B: Tensor, floor: float, clip: float
+) -> Tensor:
+    """1/|D| Σ o δ / p, p constant, floored and clipped (ESCM², IPS). Scalar.
+
+    Unclipped it estimates, without bias, the mean δ over all impressions from the clicked ones.
+    """
+    clicked_B = o_B.nan_to_num()
+    loss_B = clicked_B * inverse_propensities(p_B, floor, clip) * cross_entropy(q_logits_B, r_B)
+    return mean(loss_B, _known(o_B, r_B), n_B)
+
+
+def dr_loss(
+    q_logits_B: Tensor, e_B: Tensor, o_B: Tensor, r_B: Tensor, p_B: Tensor, n_B: Tensor, floor: float, clip: float
+) -> Tensor:
+    """1/|D| Σ (e + o (δ - e) / p) + 1/|D| Σ o (δ - e)² / p, with e the imputed δ (ESCM², DR). Scalar.
+
+    The second sum teaches e; there δ is a constant.
+    """
+    weight_B = o_B.nan_to_num() * inverse_propensities(p_B, floor, clip)
+    delta_B = cross_entropy(q_logits_B, r_B)
+    robust_B = e_B + weight_B * (delta_B - e_B)
+    imputation_B = weight_B * (delta_B.detach() - e_B).square()
+    return mean(robust_B + imputation_B, _known(o_B, r_B), n_B)
+
+
+def entropy_loss(q_logits_B: Tensor, o_B: Tensor, r_B: Tensor, n_B: Tensor) -> Tensor:
+    """1/|D| (Σ over clicks of δ + Σ over non-clicks of the entropy of q): they are unlabelled (NISE, eq. 8). Scalar."""
+    entropy_B = functional.binary_cross_entropy_with_logits(q_logits_B, q_logits_B.sigmoid(), reduction="none")
+    loss_B = torch.where(o_B == 1, cross_entropy(q_logits_B, r_B), entropy_B)
+    return mean(loss_B, _known(o_B, r_B), n_B)
+
+
+def _known(o_B: Tensor, r_B: Tensor) -> Tensor:
+    return ~(o_B.isnan() | r_B.isnan())

@@ -26,6 +26,7 @@ ALL, OTHER, MISSING = "all", "(other)", "(missing)"
 
 _EVALUATION_SCHEMA = {
     "output": pl.String,
+    "space": pl.String,
     "slice": pl.String,
     "value": pl.String,
     "rows": pl.Int64,
@@ -232,6 +233,7 @@ def evaluate(
 
     One row per (output, slice), in the order of `outputs` and `by`, the largest slice first:
         output              name of the probability's column
+        space               the rows that it speaks of: all impressions, or those with the label it presupposes
         slice, value        the column and its value as text; "all", "all" for the whole table
         rows, positives     labelled rows, and those with label 1
         auc, log_loss (nats), normalized_entropy, calibration_ratio, ece (20 bins)
@@ -239,13 +241,14 @@ def evaluate(
         user_auc            `grouped_auc` by the column `user`, rows without a user left out;
                             null if `user` is None
 
-    Rows whose label is null do not count for that output: their truth is not known yet. Slices are those of
-    the whole table, the same for every output, so one may have 0 rows. Of a column with more than MAX_SLICES
-    values the largest are kept (ties by value) and the rest is "(other)"; null is "(missing)".
+    Rows whose label is null do not count for that output: their truth is not known yet; neither do those outside
+    its space. Slices are those of the whole table, the same for every output, so one may have 0 rows. Of a column
+    with more than MAX_SLICES values the largest are kept (ties by value) and the rest is "(other)"; null is
+    "(missing)".
 
     Raises DataError on an empty table, missing columns, probabilities that are null, NaN or outside [0, 1]
     (on any row, labelled or not), labels other than 0, 1 and null, columns that cannot be cut by, and outputs
-    that are missing or share a name.
+    that are missing or share both name and space.
     """
     _check_request(scored, outputs, by, user)
     whole = _Cut(ALL, [ALL], np.zeros(scored.height, np.uint8))
@@ -254,9 +257,9 @@ def evaluate(
     users_N = None if user is None else scored[user].rank("dense").fill_null(0).to_numpy()
     found = []
     for output in outputs:
-        known_N = scored[output.label].is_not_null().to_numpy()
+        known_N = in_space(scored, output).to_numpy()
         probabilities_N = _probability_column(scored[output.name])[known_N]
-        labels_N = _label_column(scored[output.label])
+        labels_N = _label_column(scored[output.label].filter(known_N))
         known_users_N = None if users_N is None else users_N[known_N]
         for cut in cuts:
             code_N = cut.codes[known_N]
@@ -264,21 +267,29 @@ def evaluate(
                 inside_N = code_N == code
                 slice_users_N = None if known_users_N is None else known_users_N[inside_N]
                 measured = _measure(labels_N[inside_N], probabilities_N[inside_N], slice_users_N)
-                found.append({"output": output.name, "slice": cut.column, "value": value, **measured})
+                where = {"output": output.name, "space": output.space, "slice": cut.column, "value": value}
+                found.append({**where, **measured})
     return pl.DataFrame(found, schema=_EVALUATION_SCHEMA)
 
 
-def headline(evaluation: pl.DataFrame, output: str) -> dict[str, float]:
+def in_space(scored: pl.DataFrame, output: Output) -> pl.Series:
+    """Which rows an output is measured on: its label is known, and the label it presupposes is 1."""
+    known = scored[output.label].is_not_null()
+    return known if output.given is None else known & (scored[output.given] == 1).fill_null(False)
+
+
+def headline(evaluation: pl.DataFrame, output: str, space: str | None = None) -> dict[str, float]:
     """The whole table's numbers for one output, by column name: rows, positives and the metrics measured.
 
-    `user_auc` is absent when no user was given; undefined metrics stay nan.
-    Raises DataError naming the known outputs when `output` is not among them.
+    In the first space that it was measured in, or the one asked for. `user_auc` is absent when no user was given;
+    undefined metrics stay nan. Raises DataError naming the known outputs when `output` is not among them.
     """
     row = evaluation.filter(pl.col("output") == output, pl.col("slice") == ALL)
+    row = row.head(1) if space is None else row.filter(pl.col("space") == space)
     if row.is_empty():
         known = evaluation["output"].unique(maintain_order=True).to_list()
         raise DataError(f"the evaluation has no output {output!r}{_suggest(output, known)}")
-    numbers = row.drop("output", "slice", "value").row(0, named=True)
+    numbers = row.drop("output", "space", "slice", "value").row(0, named=True)
     return {name: float(number) for name, number in numbers.items() if number is not None}
 
 
@@ -330,12 +341,12 @@ def _cut(column: pl.Series) -> _Cut:
 def _check_request(scored: pl.DataFrame, outputs: Sequence[Output], by: Sequence[str], user: str | None) -> None:
     if not outputs:
         raise DataError("no outputs to evaluate; name at least one probability and its label")
-    names = [output.name for output in outputs]
-    for name in names:
-        if (times := names.count(name)) > 1:
-            raise DataError(f"output {name!r} is given {times} times; evaluate each label by itself")
+    places = [(output.name, output.space) for output in outputs]
+    for name, space in places:
+        if (times := places.count((name, space))) > 1:
+            raise DataError(f"output {name!r} is given {times} times on {space}; evaluate each label by itself")
     users = [] if user is None else [user]
-    wanted = [(column, f"output {o.name!r}") for o in outputs for column in (o.name, o.label)]
+    wanted = [(column, f"output {o.name!r}") for o in outputs for column in (o.name, o.label, o.given) if column]
     wanted += [(column, "slices") for column in by] + [(column, "user_auc") for column in users]
     for column, use in wanted:
         if column not in scored.columns:

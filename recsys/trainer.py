@@ -152,7 +152,7 @@ def train(
 
 
 def predict(module: Callable[..., Tensor], model: Model, stream: ExampleStream, device: torch.device) -> pl.DataFrame:
-    """A scored table of a stream: a probability per output and the labels."""
+    """A scored table of a stream: a probability per output and the labels, null where not known yet."""
     probabilities: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.no_grad():
@@ -160,9 +160,10 @@ def predict(module: Callable[..., Tensor], model: Model, stream: ExampleStream, 
             logits_BT = module(batch.to(device))
             probabilities.append(model.probabilities(logits_BT).cpu())
             labels.append(batch.labels_BT)
-    p_RO, y_RT = torch.cat(probabilities).double().numpy(), torch.cat(labels).to(torch.int8).numpy()
+    p_RO, y_RT = torch.cat(probabilities).double().numpy(), torch.cat(labels).numpy()
     scored = {o.name: p_RO[:, i] for i, o in enumerate(model.outputs)}
-    return pl.DataFrame(scored | {label: y_RT[:, i] for i, label in enumerate(stream.schema.labels)})
+    known = {label: pl.Series(y_RT[:, i]).fill_nan(None) for i, label in enumerate(stream.schema.labels)}
+    return pl.DataFrame(scored | known)
 
 
 def _close_epoch(

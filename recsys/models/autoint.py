@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as nnf
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -11,16 +10,12 @@ from base.config import Config
 from features.schema import Schema
 from recsys.batch import Batch
 from recsys.embeddings import Embeddings
+from recsys.interacting import Interacting, Variant
 from recsys.layers import MLP
-from recsys.losses import log_loss
-from recsys.models.base import one_output_per_label
+from recsys.models.base import PerLabel
 
-# Shape suffixes: B = batch, T = tasks, F = fields (queries), K = fields (keys), H = heads, A = attention width per
-# head (d' in the paper), D = width coming in, L = layers.
-
-Variant = Literal["default", "paper", "official"]
-"""`paper`: equations 5 to 8 as printed. `default`: the same, scores divided by √d'. `official`: as the authors' code
-computes it: bias and ReLU on queries, keys, values and residual, scaled scores, and layer normalisation at the end."""
+# Shape suffixes: B = batch, T = tasks, F = fields (queries), K = fields (keys), H = heads, D = width coming in,
+# L = layers.
 
 
 class AutoIntConfig(Config):
@@ -40,45 +35,16 @@ class AutoIntConfig(Config):
     deep_dropout: NonNegativeFloat = 0.0
 
 
-class Interacting(nn.Module):
-    """One interacting layer: every field becomes a mixture of the fields it attends to."""
-
-    def __init__(self, inputs: int, config: AutoIntConfig) -> None:
-        super().__init__()
-        out, official = config.heads * config.attention_dim, config.variant == "official"
-        self.heads = config.heads
-        self.query, self.key, self.value, self.residual = (nn.Linear(inputs, out, bias=official) for _ in range(4))
-        self.project = nn.ReLU() if official else nn.Identity()
-        self.norm = nn.LayerNorm(out, eps=1e-8) if official else nn.Identity()
-        self.scale = 1.0 if config.variant == "paper" else config.attention_dim**-0.5
-        self.dropout = nn.Dropout(config.attention_dropout)
-
-    def attention(self, x_BFD: Tensor) -> Tensor:
-        """a_BHFK: how much field f draws from field k (equation 5); rows sum to one."""
-        q_BHFA = self._split(self.project(self.query(x_BFD)))
-        k_BHKA = self._split(self.project(self.key(x_BFD)))
-        return torch.softmax(q_BHFA * self.scale @ k_BHKA.transpose(2, 3), dim=-1)
-
-    def forward(self, x_BFD: Tensor) -> Tensor:
-        v_BHKA = self._split(self.project(self.value(x_BFD)))
-        mixed_BHFA = self.dropout(self.attention(x_BFD)) @ v_BHKA  # equation 6
-        joined_BFD = mixed_BHFA.transpose(1, 2).flatten(2)  # equation 7
-        return self.norm(nnf.relu(joined_BFD + self.project(self.residual(x_BFD))))  # equation 8
-
-    def _split(self, x_BFD: Tensor) -> Tensor:
-        return x_BFD.unflatten(2, (self.heads, -1)).transpose(1, 2)
-
-
-class AutoInt(nn.Module):
+class AutoInt(PerLabel):
     """Interacting layers over the fields' embeddings, read by one linear layer (equation 9)."""
 
     def __init__(self, config: AutoIntConfig, schema: Schema, table_device: torch.device) -> None:
-        super().__init__()
-        self.outputs = one_output_per_label(schema.labels)
+        super().__init__(schema)
         tasks, fields, width = len(schema.labels), len(schema.fields), config.heads * config.attention_dim
         self.embed = Embeddings(schema, config.dim, table_device)
         self.dropout = nn.Dropout(config.embedding_dropout)
-        self.layers = nn.ModuleList(Interacting(config.dim if i == 0 else width, config) for i in range(config.layers))
+        shape = (config.heads, config.attention_dim, config.variant, config.attention_dropout)
+        self.layers = nn.ModuleList(Interacting(config.dim if i == 0 else width, *shape) for i in range(config.layers))
         self.head = nn.Linear(fields * width, tasks)
         self.deep = MLP(fields * config.dim, config.deep, tasks, config.deep_dropout) if config.deep else None
 
@@ -98,9 +64,3 @@ class AutoInt(nn.Module):
             maps.append(layer.attention(x_BFD))
             x_BFD = layer(x_BFD)
         return torch.stack(maps)
-
-    def probabilities(self, logits_BT: Tensor) -> Tensor:
-        return logits_BT.sigmoid()
-
-    def loss(self, logits_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        return log_loss(logits_BT, labels_BT)

@@ -1,35 +1,69 @@
-"""What the rest of the platform may ask of a ranking model."""
+"""What the rest of the platform may ask of a ranking model, and what models with one logit per label have in common."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from features.schema import Output
+from features.schema import Output, Schema
 from recsys.batch import Batch
+from recsys.losses import log_loss
 
-# Shape suffixes: B = batch, T = tasks (labels), O = outputs.
+# Shape suffixes: B = batch, T = tasks (labels), L = logits, O = outputs.
 
 
 class RankingModel(Protocol):
-    """Logits per task from a batch, and named probabilities computed from the logits."""
+    """Logits from a batch, and named probabilities computed from the logits."""
 
     outputs: Sequence[Output]
     """The O probabilities, each with the label it predicts."""
 
     def __call__(self, batch: Batch) -> Tensor:
-        """logits_BT of a batch."""
+        """logits_BL of a batch: one per label, then whatever else the loss needs of each row."""
         ...
 
-    def probabilities(self, logits_BT: Tensor) -> Tensor:
-        """probabilities_BO, in the order of `outputs`."""
+    def probabilities(self, logits_BL: Tensor) -> Tensor:
+        """probabilities_BO, in the order of `outputs`, corrected for down-sampled negatives."""
         ...
 
-    def loss(self, logits_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        """The scalar to minimise."""
+    def loss(self, logits_BL: Tensor, labels_BT: Tensor) -> Tensor:
+        """The scalar to minimise. Labels not known yet are NaN."""
         ...
 
 
-def one_output_per_label(labels: Sequence[str]) -> tuple[Output, ...]:
-    """`p_click` for the label `click`, and so on."""
-    return tuple(Output(name=f"p_{label}", label=label) for label in labels)
+class PerLabel(nn.Module):
+    """One logit per label, each a probability on all impressions, learned by log loss."""
+
+    def __init__(self, schema: Schema) -> None:
+        super().__init__()
+        self.outputs = one_output_per_label(schema)
+        self.tasks = len(schema.labels)
+        self.negative_rate = schema.negative_rate
+        self.sampled = schema.labels.index(schema.funnel[0]) if schema.funnel else 0
+
+    def probabilities(self, logits_BL: Tensor) -> Tensor:
+        p_BT = logits_BL[:, : self.tasks].sigmoid()
+        if self.negative_rate == 1:
+            return p_BT
+        return p_BT * density(p_BT[:, self.sampled], self.negative_rate).unsqueeze(1)
+
+    def loss(self, logits_BL: Tensor, labels_BT: Tensor) -> Tensor:
+        return log_loss(logits_BL[:, : self.tasks], labels_BT)
+
+
+def one_output_per_label(schema: Schema) -> tuple[Output, ...]:
+    """`p_click` for the label `click`; further down a funnel `p_click_and_conversion`."""
+    outputs: list[Output] = []
+    for label in schema.labels:
+        passed = schema.funnel[: schema.funnel.index(label) + 1] if label in schema.funnel else (label,)
+        outputs.append(Output(name=f"p_{'_and_'.join(passed)}", label=label))
+    return tuple(outputs)
+
+
+def density(sampled_B: Tensor, rate: float) -> Tensor:
+    """Z = P(kept | x) from the click probability among kept rows: all clicks and a share `rate` of the other rows.
+
+    With p the click probability, Z = p + rate (1 - p), and among kept rows it is p' = p / Z; so Z = rate / (1 - p' +
+    rate p'). Any event within a click is p'(event) Z: clicks and conversions alike. Given a click nothing changes.
+    """
+    return rate / (1 - (1 - rate) * sampled_B)

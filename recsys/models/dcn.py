@@ -11,8 +11,7 @@ from features.schema import Schema
 from recsys.batch import Batch
 from recsys.embeddings import Embeddings
 from recsys.layers import MLP
-from recsys.losses import log_loss
-from recsys.models.base import one_output_per_label
+from recsys.models.base import PerLabel
 
 # Shape suffixes: B = batch, T = tasks, F = fields, D = embedding dimension, X = F * D.
 
@@ -27,12 +26,11 @@ class DCNConfig(Config):
     dropout: NonNegativeFloat = 0.0
 
 
-class DCN(nn.Module):
+class DCN(PerLabel):
     """Cross layers x_{l+1} = x_0 ⊙ (W_l x_l + b_l) + x_l (equation 1) beside an MLP; both read by one linear layer."""
 
     def __init__(self, config: DCNConfig, schema: Schema, table_device: torch.device) -> None:
-        super().__init__()
-        self.outputs = one_output_per_label(schema.labels)
+        super().__init__(schema)
         tasks, width = len(schema.labels), len(schema.fields) * config.dim
         self.embed = Embeddings(schema, config.dim, table_device)
         self.cross = nn.ModuleList(nn.Linear(width, width) for _ in range(config.cross_layers))
@@ -44,9 +42,3 @@ class DCN(nn.Module):
         for layer in self.cross:
             x_BX = x0_BX * layer(x_BX) + x_BX
         return self.head(x_BX) + self.deep(x0_BX)
-
-    def probabilities(self, logits_BT: Tensor) -> Tensor:
-        return logits_BT.sigmoid()
-
-    def loss(self, logits_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        return log_loss(logits_BT, labels_BT)

@@ -10,8 +10,7 @@ from base.config import Config
 from features.schema import Schema
 from recsys.batch import Batch
 from recsys.embeddings import WIDTH_UNIT, Embeddings
-from recsys.losses import log_loss
-from recsys.models.base import one_output_per_label
+from recsys.models.base import PerLabel
 
 # Shape suffixes: B = batch, T = tasks, F = fields, D = factors.
 
@@ -24,16 +23,15 @@ class FMConfig(Config):
     """Factors per field and task."""
 
 
-class FM(nn.Module):
+class FM(PerLabel):
     """y = b + Σ_i w_i x_i + Σ_{i<j} <v_i, v_j> x_i x_j, the last sum as ½ Σ_d [(Σ_i v_id x_i)² - Σ_i v_id² x_i²].
 
     A table row holds w and v of each task side by side, so there is one lookup.
     """
 
     def __init__(self, config: FMConfig, schema: Schema, table_device: torch.device) -> None:
-        super().__init__()
-        self.outputs = one_output_per_label(schema.labels)
-        self.tasks, self.dim = len(schema.labels), config.dim
+        super().__init__(schema)
+        self.dim = config.dim
         width = self.tasks * (1 + self.dim)
         self.embed = Embeddings(schema, -(-width // WIDTH_UNIT) * WIDTH_UNIT, table_device, init_std=0.01)
         self.bias_T = nn.Parameter(torch.zeros(self.tasks))
@@ -45,9 +43,3 @@ class FM(nn.Module):
         v_BFTD = factors.unflatten(2, (self.tasks, self.dim))
         pairs_BT = 0.5 * (v_BFTD.sum(1).square() - v_BFTD.square().sum(1)).sum(-1)
         return linear_BT + pairs_BT + self.bias_T
-
-    def probabilities(self, logits_BT: Tensor) -> Tensor:
-        return logits_BT.sigmoid()
-
-    def loss(self, logits_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        return log_loss(logits_BT, labels_BT)

@@ -9,8 +9,7 @@ from base.config import Config
 from features.schema import Schema
 from recsys.batch import Batch
 from recsys.embeddings import WIDTH_UNIT, Embeddings
-from recsys.losses import log_loss
-from recsys.models.base import one_output_per_label
+from recsys.models.base import PerLabel
 
 # Shape suffixes: B = batch, T = tasks, F = fields, D = width of a table row.
 
@@ -21,21 +20,13 @@ class LRConfig(Config):
     name: Literal["lr"] = "lr"
 
 
-class LR(nn.Module):
+class LR(PerLabel):
     """y = sigmoid(b + Σ_f w_f x_f). The weights are the first T floats of each row; rows come in fours."""
 
     def __init__(self, config: LRConfig, schema: Schema, table_device: torch.device) -> None:
-        super().__init__()
-        self.outputs = one_output_per_label(schema.labels)
-        self.tasks = len(schema.labels)
+        super().__init__(schema)
         self.embed = Embeddings(schema, -(-self.tasks // WIDTH_UNIT) * WIDTH_UNIT, table_device, init_std=0.0)
         self.bias_T = nn.Parameter(torch.zeros(self.tasks))
 
     def forward(self, batch: Batch) -> Tensor:
         return self.embed(batch)[:, :, : self.tasks].sum(1) + self.bias_T
-
-    def probabilities(self, logits_BT: Tensor) -> Tensor:
-        return logits_BT.sigmoid()
-
-    def loss(self, logits_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        return log_loss(logits_BT, labels_BT)

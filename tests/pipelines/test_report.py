@@ -72,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Run:
     """AutoInt, with the truth of one of its two labels, its report written."""
-    run = run_of(folder, AUTOINT, truth={"click": "click_probability"}, user="user_id")
+    run = run_of(folder, AUTOINT, truth={"p_click": "click_probability"}, user="user_id")
     train(run, say=lambda _: None)
     evaluate(run)
     report(run)

@@ -21,7 +21,8 @@ from pipelines.generate import generate
 from pipelines.prepare import prepare
 from pipelines.promote import promote
 from pipelines.score import score
-from pipelines.train import registry_of, train
+from pipelines.tracking import registry_of
+from pipelines.train import train
 
 DEMO = Path(__file__).parents[2] / "pipelines" / "runs" / "demo.toml"
 SMALL = [

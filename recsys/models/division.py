@@ -1,0 +1,36 @@
+"""DIVISION: conversion as the quotient of two models of all impressions (Ma et al. 2018, section 3.2)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from features.schema import Schema
+from recsys.losses import mean_log_loss
+from recsys.models.funnel import Funnel, FunnelConfig
+
+# Shape suffixes: B = batch, L = logits, O = outputs (3).
+
+
+class DivisionConfig(FunnelConfig):
+    """Two networks that know nothing of each other."""
+
+    name: Literal["division"] = "division"
+    shared_embeddings: bool = False
+
+
+class Division(Funnel):
+    """Logits of click and of click-and-conversion; pCVR = pCTCVR / pCTR, cut at 1, which nothing keeps it below."""
+
+    def __init__(self, config: DivisionConfig, schema: Schema, table_device: torch.device) -> None:
+        super().__init__(config.name, config, schema, table_device)
+
+    def probabilities(self, logits_BL: Tensor) -> Tensor:
+        p_B, both_B = logits_BL[:, 0].sigmoid(), logits_BL[:, 1].sigmoid()
+        given_B = (both_B / p_B).clamp(max=1)  # both are among kept rows, so their quotient needs no correction
+        kept_B = self.kept(p_B)
+        return torch.stack([p_B * kept_B, given_B, both_B * kept_B], dim=1)
+
+    def objective(self, logits_BL: Tensor, o_B: Tensor, r_B: Tensor) -> Tensor:
+        """Click, and click-and-conversion, each on all impressions."""
+        return mean_log_loss(logits_BL[:, 0], o_B) + mean_log_loss(logits_BL[:, 1], r_B)
