@@ -98,8 +98,8 @@ class Run(Config):
             require_funnel(self.model.name, labels, funnel)
         if self.sampling.negative_rate < 1 and len(labels) > 1 and set(funnel) != set(labels):
             raise ConfigError(
-                f"sampling.negative_rate = {self.sampling.negative_rate}: scores can be corrected for one label, or for "
-                f"a funnel of all of them; data.labels are {list(labels)}, data.funnel is {list(funnel)}"
+                f"sampling.negative_rate = {self.sampling.negative_rate}: scores can be corrected for one label, or "
+                f"for a funnel of all of them; data.labels are {list(labels)}, data.funnel is {list(funnel)}"
             )
         return self
 

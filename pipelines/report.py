@@ -113,12 +113,7 @@ def _gather(run: Run, partition: str | None) -> _Facts:
         raise ArtefactError(
             f"{target}: is of bundle {measured}, but the run's bundle is {bundle.version}; run `recsys evaluate` again"
         )
-    wanted = {
-        *run.evaluate.truth.values(),
-        *run.evaluate.entire_space.values(),
-        *(column for pair in run.evaluate.pairs for column in pair),
-    }
-    missing = sorted(wanted - set(scored.columns) | set(run.evaluate.slices) - set(table["slice"]))
+    missing = sorted(set(run.evaluate.columns) - set(scored.columns) | set(run.evaluate.slices) - set(table["slice"]))
     if missing:
         raise ArtefactError(
             f"{target}: was measured without {missing[0]!r}, which [evaluate] names now; run `recsys evaluate` again"

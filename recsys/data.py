@@ -2,7 +2,7 @@
 
 Rows are shuffled within a window of row groups (2^17 rows each) whose order is shuffled too: a global shuffle for up to
 `window` groups, and bounded memory above. Everything follows from (seed, epoch), so a position is just a batch number.
-Where negatives are down-sampled, each row group keeps its positives and a seeded draw of its negatives, anew each epoch.
+Where negatives are down-sampled, a row group keeps its positives and a seeded draw of its negatives, anew each epoch.
 """
 
 from collections.abc import Iterator, Sequence

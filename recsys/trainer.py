@@ -184,7 +184,9 @@ def _close_epoch(
     objective = sign * float(np.mean([m[config.monitor] for m in metrics.values()]))
     for output in model.outputs:
         if not np.isfinite(metrics[output.name]["auc"]):
-            raise DataError(f"label {output.label!r}: the validation rows hold one class only; choose other days")
+            raise DataError(
+                f"label {output.label!r}: the validation rows, {output.space}, hold one class only; choose other days"
+            )
     entry = {
         "epoch": float(at.epoch + 1),
         "step": float(at.step),

@@ -3,19 +3,22 @@
 Every random number is a hash: of (seed, day, row, what it decides) for the log, of (seed, field, id) for the
 truth. So a day is generated alone, the chunk size changes nothing, an id has its effect without a table, and a
 draw added later moves no draw made before.
+
+With `conversion_rate` set, the log is a funnel: every impression also has the conversion that would follow its
+click, and three known probabilities, of the click, of the conversion if clicked, and of both.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
-from functools import lru_cache
-from typing import Final, TypeAlias
+from functools import lru_cache, partial
+from typing import Final, Self, TypeAlias
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 
 from base.config import Config
 from base.errors import ConfigError
@@ -31,6 +34,12 @@ FEATURES: Final = (
 )
 LABEL: Final = "click"
 TRUTH: Final = "click_probability"  # what no model may see
+CONVERSION: Final = "conversion"  # what a log shows of it: after a click, arrived in time
+POTENTIAL: Final = "would_convert"  # this and all below: what no model may see
+DELAY: Final = "conversion_delay_days"
+CONVERSION_TRUTH: Final = "conversion_probability"  # of converting, if clicked
+BOTH_TRUTH: Final = "click_and_conversion_probability"
+FUNNEL: Final = (CONVERSION, POTENTIAL, DELAY, CONVERSION_TRUTH, BOTH_TRUTH)
 INTERACTIONS: Final = (("device", "category"), ("country", "placement"))
 
 LEVELS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -69,6 +78,23 @@ _MAIN_SD: Final[Mapping[str, float]] = {
     "placement": 0.15,
     "tags": 0.10,  # of each tag
 }
+_CONVERSION_MAIN_SD: Final[Mapping[str, float]] = {  # larger, for conversions are few
+    "user_id": 0.20,
+    "item_id": 0.30,
+    "advertiser": 0.30,
+    "category": 0.40,
+    "device": 0.40,
+    "country": 0.40,
+    "placement": 0.40,
+    "tags": 0.15,  # of each tag
+}
+# The affinity's parts; their squares add up to 1. An item is shown far more often than a user comes, and a pair hardly
+# twice: so most of the affinity lies where a log of millions of rows can teach it.
+_QUALITY_SD: Final = 0.80
+_DISPOSITION_SD: Final = 0.48
+_MATCH_SD: Final = 0.36
+_TASTE_DIM: Final = 4
+_NODES: Final = 16  # of the quadrature over the hidden normal
 _BIRTHS: Final = 0.01  # ids born a day, as a share of the first population
 _MISSING: Final[Mapping[str, float]] = {"price": 0.05, "age": 0.10, "advertiser": 0.02, "tags": 0.03}
 _TAG_SLOTS: Final = 5
@@ -82,6 +108,16 @@ class SyntheticConfig(Config):
     `items`/100 ids are born, and appear from that day on. Of a day's impressions, `new_user_share` come from
     users born that day and `new_item_share` show an item born that day. `click_rate` is the mean of the click
     probabilities, met to about 0.002.
+
+    `conversion_rate` turns the funnel on: it is the mean over all impressions of the probability of converting if
+    clicked, met as well. Conversions follow the fields by effects of their own. Two dials tie clicks and conversions
+    together, and work on clicks alone too: `taste` is the weight in both logits of the `affinity` of user and item,
+    which no column shows but the ids can teach; `confounding` that of a standard normal drawn for each impression,
+    which nothing can teach. The probabilities of the log do not know that normal: they are means over it, by
+    quadrature to 1e-8 at confounding 1, 3e-5 at 2, 1e-3 at 3.
+
+    A conversion arrives `conversion_delay_days` after its impression's day, in the mean of an exponential
+    distribution; whole days count. The log shows what has arrived by the end of the day `observed_until`.
     """
 
     rows_per_day: int = Field(default=100_000, ge=1, lt=1 << 32)
@@ -92,6 +128,25 @@ class SyntheticConfig(Config):
     new_item_share: float = Field(default=0.02, ge=0, le=1)
     seed: NonNegativeInt = 0
     start: date = date(2026, 3, 1)
+    conversion_rate: float | None = Field(default=None, gt=0, lt=1)
+    taste: float = Field(default=0.0, ge=0, le=10)
+    confounding: float = Field(default=0.0, ge=0, le=3)
+    conversion_delay_days: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    observed_until: date | None = None
+
+    @model_validator(mode="after")
+    def _funnel_is_whole(self) -> Self:
+        delay, last = self.conversion_delay_days, self.observed_until
+        if self.conversion_rate is None:
+            for name, value, is_given in (
+                ("conversion_delay_days", delay, delay > 0),
+                ("observed_until", last, last is not None),
+            ):
+                if is_given:
+                    raise ValueError(f"{name} = {value}: there are no conversions; set conversion_rate, e.g. to 0.1")
+        if last is not None and last < self.start:
+            raise ValueError(f"observed_until = {last}: the log begins at start = {self.start}; give a later day")
+        return self
 
 
 def generate_day(config: SyntheticConfig, day: date, *, chunk_rows: int = 250_000) -> Iterator[pl.DataFrame]:
@@ -101,6 +156,12 @@ def generate_day(config: SyntheticConfig, day: date, *, chunk_rows: int = 250_00
     1) and the `click_probability` it was drawn from (Float64; what no model may see). `price` is in currency
     units, `age` in years, `recency_hours` the time since the user's last visit. Rows are in no order of time. The
     rows depend neither on `chunk_rows` nor on other days.
+
+    With `conversion_rate`, the columns of FUNNEL follow: `conversion` (Int8: clicked, converted, and arrived by
+    `observed_until`), and what no model may see: `would_convert` (Int8), the conversion if clicked, known of every
+    impression; `conversion_delay_days` (Float64), null unless clicked and converted; and the Float64 probabilities
+    `conversion_probability` of `would_convert` and `click_and_conversion_probability` of it with a click, which is
+    their product where `confounding` is 0. All probabilities are the best that the ids and columns could tell.
 
     Raises ConfigError if `day` lies before `config.start`, or `chunk_rows` is below 1.
     """
@@ -123,6 +184,27 @@ def id_effect(config: SyntheticConfig, field: str, ids: Ints) -> Floats:
     into LEVELS[field].
     """
     return _MAIN_SD[field] * _normal(_key(config.seed, "effect", field), ids)
+
+
+def conversion_effect(config: SyntheticConfig, field: str, ids: Ints) -> Floats:
+    """As `id_effect`, on the conversion logit; independent of it."""
+    return _CONVERSION_MAIN_SD[field] * _normal(_key(config.seed, "conversion effect", field), ids)
+
+
+def affinity(config: SyntheticConfig, user_N: Ints, item_N: Ints) -> Floats:
+    """What `config.taste` weighs: mean 0 and standard deviation 1 over pairs of ids; the same on every day.
+
+    Of its variance, 64% is the item's quality, 23% the user's disposition, and 13% their match: the scalar product
+    of two vectors of four normals. Over a log, in which a few items take most of the rows, it varies with the seed.
+    """
+
+    def taste(owner: str, axis: int, ids: Ints) -> Floats:
+        return _normal(_key(config.seed, "taste", owner, f"{axis}"), ids)
+
+    quality = _normal(_key(config.seed, "quality"), item_N)
+    disposition = _normal(_key(config.seed, "disposition"), user_N)
+    match = sum((taste("user", axis, user_N) * taste("item", axis, item_N) for axis in range(_TASTE_DIM)), start=0.0)
+    return _QUALITY_SD * quality + _DISPOSITION_SD * disposition + _MATCH_SD / np.sqrt(_TASTE_DIM) * match
 
 
 def planted_effects(config: SyntheticConfig, pair: tuple[str, str]) -> pl.DataFrame:
@@ -225,7 +307,7 @@ def _tag(slot: int, draw: Floats) -> Ints:
     return slot + _TAG_SLOTS * _flat_popularity(draw, len(LEVELS["tags"]) // _TAG_SLOTS)
 
 
-# The truth: what makes them click.
+# The truth: what makes them click and convert.
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,10 +316,11 @@ class _World:
 
     interactions: Mapping[tuple[str, str], Floats]  # (levels of the first field, levels of the second)
     click_intercept: float
+    conversion_intercept: float  # 0 where there is no funnel
 
 
 def _world(config: SyntheticConfig) -> _World:
-    return _world_of(config.model_dump_json())
+    return _world_of(config.model_dump_json(exclude={"rows_per_day", "conversion_delay_days", "observed_until"}))
 
 
 @lru_cache(maxsize=16)
@@ -246,8 +329,12 @@ def _world_of(text: str) -> _World:
     config = SyntheticConfig.model_validate_json(text)
     sample = _impressions(config, "reference", 0, np.arange(_REFERENCE_ROWS))
     interactions = {pair: _interaction(config, sample, pair) for pair in INTERACTIONS}
-    logit = _click_logit(config, _World(interactions, 0.0), sample)
-    return _World(interactions, _intercept(logit, config.click_rate))
+    world, taste = _World(interactions, 0.0, 0.0), _taste(config, sample)
+    click = _intercept(_click_logit(config, world, sample, taste), config.click_rate, config.confounding)
+    if config.conversion_rate is None:
+        return _World(interactions, click, 0.0)
+    logit = _conversion_logit(config, world, sample, taste)
+    return _World(interactions, click, _intercept(logit, config.conversion_rate, config.confounding))
 
 
 def _interaction(config: SyntheticConfig, sample: _Impressions, pair: tuple[str, str]) -> Floats:
@@ -260,29 +347,64 @@ def _interaction(config: SyntheticConfig, sample: _Impressions, pair: tuple[str,
     return matrix * (_INTERACTION_SD / np.sqrt(rows @ matrix**2 @ columns))
 
 
-def _click_logit(config: SyntheticConfig, world: _World, seen: _Impressions) -> Floats:
-    logit = np.full(len(seen.row), world.click_intercept)
-    for field, ids in seen.ids.items():
-        is_known = ids < len(LEVELS[field]) if field in LEVELS else True
-        logit += np.where(is_known, id_effect(config, field, ids), 0.0)
-    is_tag = np.arange(_TAG_SLOTS) < seen.bag_size[:, None]
-    of_bag = np.where(is_tag, id_effect(config, "tags", seen.bag_tags), 0.0).sum(axis=1)
-    logit += np.where(seen.bag >= 0, of_bag[seen.bag], 0.0)
+def _taste(config: SyntheticConfig, seen: _Impressions) -> Floats:
+    if not config.taste:
+        return np.zeros(len(seen.row))
+    return config.taste * affinity(config, seen.ids["user_id"], seen.ids["item_id"])
+
+
+def _click_logit(config: SyntheticConfig, world: _World, seen: _Impressions, taste: Floats) -> Floats:
+    logit = _field_effects(world.click_intercept, seen, partial(id_effect, config))
     for (first, second), matrix in world.interactions.items():
         logit += matrix[seen.ids[first], seen.ids[second]]
     logit += 0.15 * np.cos((seen.hour - 20) * np.pi / 12)
     logit -= 0.25 * np.nan_to_num(seen.price_z)
     logit -= 0.10 * np.nan_to_num((seen.age - 42) / 15)
     logit -= 0.15 * (seen.recency - 1)
+    return logit + taste
+
+
+def _conversion_logit(config: SyntheticConfig, world: _World, seen: _Impressions, taste: Floats) -> Floats:
+    """Of converting, if clicked."""
+    logit = _field_effects(world.conversion_intercept, seen, partial(conversion_effect, config))
+    logit -= 0.50 * np.nan_to_num(seen.price_z)
+    return logit + taste
+
+
+def _field_effects(intercept: float, seen: _Impressions, effect: Callable[[str, Ints], Floats]) -> Floats:
+    """`intercept` and the main effects of the ids and tags."""
+    logit = np.full(len(seen.row), intercept)
+    for field, ids in seen.ids.items():
+        is_known = ids < len(LEVELS[field]) if field in LEVELS else True
+        logit += np.where(is_known, effect(field, ids), 0.0)
+    is_tag = np.arange(_TAG_SLOTS) < seen.bag_size[:, None]
+    of_bag = np.where(is_tag, effect("tags", seen.bag_tags), 0.0).sum(axis=1)
+    logit += np.where(seen.bag >= 0, of_bag[seen.bag], 0.0)
     return logit
 
 
-def _intercept(logit: Floats, rate: float) -> float:
+def _probability(confounding: float, *logits: Floats) -> Floats:
+    """That all of the events happen whose `logits` these are, as the mean over the hidden normal they share."""
+    if not confounding:
+        return np.prod([_sigmoid(logit) for logit in logits], axis=0)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
+    total = np.zeros_like(logits[0])
+    for node, weight in zip(nodes, weights / weights.sum(), strict=True):
+        total += weight * np.prod([_sigmoid(logit + confounding * node) for logit in logits], axis=0)
+    return total
+
+
+def _intercept(logit: Floats, rate: float, confounding: float) -> float:
     """What to add to `logit` for the mean probability to be `rate`, by bisection."""
+    count = None
+    if confounding:  # fifty quadratures over every row would take seconds
+        count, edges = np.histogram(logit, 1 << 14)
+        logit = (edges[:-1] + edges[1:]) / 2
     low, high = -40.0, 40.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if _sigmoid(logit + middle).mean() < rate else (low, middle)
+        mean = np.average(_probability(confounding, logit + middle), weights=count)
+        low, high = (middle, high) if mean < rate else (low, middle)
     return low
 
 
@@ -294,10 +416,35 @@ def _chunks(config: SyntheticConfig, day: date, chunk_rows: int) -> Iterator[pl.
     for begin in range(0, config.rows_per_day, chunk_rows):
         row = np.arange(begin, min(begin + chunk_rows, config.rows_per_day))
         seen = _impressions(config, stream, (day - config.start).days, row)
-        probability = _sigmoid(_click_logit(config, world, seen))
-        click = _uniform(_key(config.seed, stream, "click"), row) < probability
-        outcome = [pl.Series(LABEL, click.astype(np.int8)), pl.Series(TRUTH, probability)]
-        yield _feature_frame(day, seen).with_columns(outcome)
+        yield _feature_frame(day, seen).with_columns(_outcomes(config, world, day, seen))
+
+
+def _outcomes(config: SyntheticConfig, world: _World, day: date, seen: _Impressions) -> list[pl.Series]:
+    def key(what: str) -> int:
+        return _key(config.seed, day.isoformat(), what)
+
+    taste = _taste(config, seen)
+    hidden = config.confounding * _normal(key("hidden"), seen.row)
+    click_logit = _click_logit(config, world, seen, taste)
+    click = _uniform(key("click"), seen.row) < _sigmoid(click_logit + hidden)
+    probability = _probability(config.confounding, click_logit)
+    outcomes = [pl.Series(LABEL, click.astype(np.int8)), pl.Series(TRUTH, probability)]
+    if config.conversion_rate is None:
+        return outcomes
+    logit = _conversion_logit(config, world, seen, taste)
+    would_convert = _uniform(key("conversion"), seen.row) < _sigmoid(logit + hidden)
+    converts = click & would_convert
+    delay = config.conversion_delay_days * -np.log1p(-_uniform(key("delay"), seen.row))
+    last = config.observed_until or date.max
+    is_seen = converts & (np.floor(delay) <= (last - day).days)
+    return [
+        *outcomes,
+        pl.Series(CONVERSION, is_seen.astype(np.int8)),
+        pl.Series(POTENTIAL, would_convert.astype(np.int8)),
+        pl.Series(DELAY, np.where(converts, delay, np.nan), nan_to_null=True),
+        pl.Series(CONVERSION_TRUTH, _probability(config.confounding, logit)),
+        pl.Series(BOTH_TRUTH, _probability(config.confounding, click_logit, logit)),
+    ]
 
 
 def _feature_frame(day: date, seen: _Impressions) -> pl.DataFrame:

@@ -1,11 +1,15 @@
 """The synthetic log: repeatable day by day, as announced in its columns, and hiding exactly what it says it hides."""
 
+import hashlib
 from datetime import date, timedelta
 from functools import cache
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from click.testing import CliRunner
 from pydantic import ValidationError
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
@@ -15,18 +19,27 @@ from sklearn.preprocessing import OneHotEncoder
 from base.config import parse_config
 from base.errors import ConfigError
 from features.readers.synthetic import (
+    BOTH_TRUTH,
+    CONVERSION,
+    CONVERSION_TRUTH,
+    DELAY,
     FEATURES,
+    FUNNEL,
     INTERACTIONS,
     KEY,
     LABEL,
     LEVELS,
+    POTENTIAL,
     TRUTH,
     SyntheticConfig,
+    affinity,
+    conversion_effect,
     day_frame,
     generate_day,
     id_effect,
     planted_effects,
 )
+from pipelines.cli import main
 
 CONFIG = SyntheticConfig()
 SMALL = SyntheticConfig(rows_per_day=5_000)
@@ -37,6 +50,19 @@ PINNED = [
     (3176909999439874, "u104455", 17, "phone", "business", 0),
 ]
 PINNED_PROBABILITY = [0.667439743975, 0.145153928573, 0.204937190699]
+PINNED_LOG = "1c44c7e6a42eed139ac4fd43c55b13369dd338a5f74b49efb363378f2eaa4817"  # from before there was a funnel
+RATES = {"click_rate": 0.2, "conversion_rate": 0.3}
+DIALS = {"taste": 1.0, "confounding": 1.5, "conversion_delay_days": 3.0, "observed_until": date(2026, 3, 9)}
+PINNED_FUNNEL = [  # conversions that come: the first is in the log, the last is late
+    (3176909999439878, 1, 1, 0.5329948984503722),
+    (3176909999439879, 1, 1, 1.8800703767812257),
+    (3176909999439882, 0, 1, 4.774255249500278),
+]
+PINNED_CHANCES = [
+    (0.0873082216326719, 0.4696308703840291, 0.056007991450466144),
+    (0.3025628348742875, 0.3985352398963666, 0.15713478826442334),
+    (0.4411071086004997, 0.13468153930071927, 0.08099031979750032),
+]
 
 
 def day_of(index: int) -> date:
@@ -46,6 +72,24 @@ def day_of(index: int) -> date:
 @cache
 def five_days() -> pl.DataFrame:
     return pl.concat([day_frame(CONFIG, day_of(index)) for index in range(5)])
+
+
+@cache
+def first_day(config: SyntheticConfig) -> pl.DataFrame:
+    return day_frame(config, config.start)
+
+
+def funnel(**dials: float) -> pl.DataFrame:
+    return first_day(SyntheticConfig.model_validate({"rows_per_day": 250_000, **RATES, **dials}))
+
+
+def small(**dials: object) -> pl.DataFrame:
+    return first_day(SyntheticConfig.model_validate({"rows_per_day": 20_000, **dials}))
+
+
+def logit(frame: pl.DataFrame, column: str) -> np.ndarray:
+    probability = frame[column].to_numpy()
+    return np.log(probability) - np.log1p(-probability)
 
 
 def user_numbers(frame: pl.DataFrame) -> pl.Series:
@@ -231,6 +275,216 @@ def test_a_linear_model_sees_the_interactions_only_as_planted_crosses() -> None:
     assert planted - linear > 0.85 * (oracle - linear)
 
 
+# The funnel: as it is, and what turning it on leaves alone
+
+
+def test_without_the_funnel_the_log_is_what_it_always_was() -> None:
+    frame = day_frame(SyntheticConfig(rows_per_day=2_000, seed=5), day_of(2))
+    rows = [[f"{value:.9g}" if isinstance(value, float) else value for value in row] for row in frame.rows()]
+    assert hashlib.sha256("\n".join(map(repr, rows)).encode()).hexdigest() == PINNED_LOG
+
+
+def test_the_funnel_adds_columns_and_moves_no_other() -> None:
+    off, on = small(), small(**RATES)
+    added = [pl.Int8, pl.Int8, pl.Float64, pl.Float64, pl.Float64]
+    assert on.schema == pl.Schema({**off.schema, **dict(zip(FUNNEL, added, strict=True))})
+    assert on.columns == [*off.columns, CONVERSION, POTENTIAL, DELAY, CONVERSION_TRUTH, BOTH_TRUTH]
+    assert on.select(off.columns).equals(off, null_equal=True)
+
+
+def test_the_dials_move_outcomes_and_no_feature() -> None:
+    off, on = small(), small(**DIALS, **RATES)
+    assert on.select(KEY, *FEATURES).equals(off.select(KEY, *FEATURES), null_equal=True)
+    assert not on[LABEL].equals(off[LABEL])
+    clicks_alone = small(taste=1, confounding=1.5)
+    assert clicks_alone.equals(on.select(off.columns), null_equal=True)
+
+
+def test_a_funnel_in_chunks_and_alone_is_the_same() -> None:
+    config = SyntheticConfig.model_validate({"rows_per_day": 5_000, **RATES, **DIALS})
+    whole = day_frame(config, day_of(3))
+    assert pl.concat(generate_day(config, day_of(3), chunk_rows=1_234)).equals(whole, null_equal=True)
+    longer = day_frame(config.model_copy(update={"rows_per_day": 7_000}), day_of(3))
+    assert longer.head(5_000).equals(whole, null_equal=True)
+
+
+def test_the_numbers_of_a_funnel_are_pinned() -> None:
+    config = SyntheticConfig.model_validate({"rows_per_day": 100, "conversion_rate": 0.3, **DIALS, "confounding": 1})
+    comes = day_frame(config, date(2026, 3, 7)).filter(pl.col(DELAY).is_not_null()).head(3)
+    assert comes.select(KEY, CONVERSION, POTENTIAL).rows() == [row[:3] for row in PINNED_FUNNEL]
+    assert comes[DELAY].to_list() == pytest.approx([row[3] for row in PINNED_FUNNEL], abs=1e-9)
+    chances = comes.select(TRUTH, CONVERSION_TRUTH, BOTH_TRUTH).to_numpy()
+    assert chances == pytest.approx(np.array(PINNED_CHANCES), abs=1e-9)
+
+
+# The funnel: rates and probabilities
+
+
+@pytest.mark.parametrize("dials", [{}, {"taste": 1.0, "confounding": 1.0}])
+@pytest.mark.parametrize(("click_rate", "conversion_rate"), [(0.2, 0.3), (0.03, 0.005)])
+def test_both_rates_are_met(click_rate: float, conversion_rate: float, dials: dict[str, float]) -> None:
+    frame = funnel(click_rate=click_rate, conversion_rate=conversion_rate, **dials)
+    assert frame[TRUTH].mean() == pytest.approx(click_rate, rel=0.02)
+    assert frame[LABEL].mean() == pytest.approx(click_rate, rel=0.04)
+    assert frame[CONVERSION_TRUTH].mean() == pytest.approx(conversion_rate, rel=0.02)
+    assert frame[POTENTIAL].mean() == pytest.approx(conversion_rate, rel=0.1)
+
+
+@pytest.mark.parametrize("dials", [{}, {"confounding": 1.5}, {"taste": 1.0, "confounding": 1.0}])
+def test_outcomes_are_drawn_from_their_probabilities(dials: dict[str, float]) -> None:
+    frame = funnel(**dials).with_columns(both=pl.col(LABEL) * pl.col(POTENTIAL))
+    for outcome, truth in ((LABEL, TRUTH), (POTENTIAL, CONVERSION_TRUTH), ("both", BOTH_TRUTH)):
+        deciles = (
+            frame.group_by(pl.col(truth).rank("ordinal") * 10 // (len(frame) + 1))
+            .agg(error=(pl.col(outcome) - pl.col(truth)).sum(), variance=(pl.col(truth) * (1 - pl.col(truth))).sum())
+            .with_columns(z=pl.col("error") / pl.col("variance").sqrt())
+        )
+        assert len(deciles) == 10
+        assert deciles["z"].abs().max() < 4, outcome  # type: ignore[operator]
+
+
+def test_without_confounding_the_probabilities_multiply_and_the_draws_are_independent() -> None:
+    frame = funnel()
+    assert frame[BOTH_TRUTH].equals(frame[TRUTH] * frame[CONVERSION_TRUTH], check_names=False)
+    assert abs(dependence(frame)) < 4
+    clicked = frame.filter(pl.col(LABEL) == 1)
+    assert clicked[POTENTIAL].mean() == pytest.approx(clicked[CONVERSION_TRUTH].mean(), abs=0.008)
+
+
+def test_confounding_makes_converters_of_those_who_click() -> None:
+    frame = funnel(confounding=1.5)
+    assert (frame[BOTH_TRUTH] > frame[TRUTH] * frame[CONVERSION_TRUTH]).all()
+    assert dependence(frame) > 50
+    clicked, others = frame.filter(pl.col(LABEL) == 1), frame.filter(pl.col(LABEL) == 0)
+    assert clicked.select(pl.col(POTENTIAL).mean() - pl.col(CONVERSION_TRUTH).mean()).item() > 0.1
+    assert others.select(pl.col(POTENTIAL).mean() - pl.col(CONVERSION_TRUTH).mean()).item() < -0.03
+
+
+def dependence(frame: pl.DataFrame) -> float:
+    """Of click and would_convert beyond their probabilities, in standard errors of independence."""
+    click, converts, p, q = (frame[name].to_numpy() for name in (LABEL, POTENTIAL, TRUTH, CONVERSION_TRUTH))
+    return float(((click - p) * (converts - q)).sum() / np.sqrt((p * (1 - p) * q * (1 - q)).sum()))
+
+
+def test_the_hidden_normal_is_no_function_of_the_ids() -> None:
+    """Else an id's errors would agree, and their sum vary more than its probabilities say."""
+    error = (pl.col(POTENTIAL) - pl.col(CONVERSION_TRUTH)).sum()
+    variance = (pl.col(CONVERSION_TRUTH) * (1 - pl.col(CONVERSION_TRUTH))).sum()
+    for owner in ("user_id", "item_id"):
+        often = funnel(confounding=1.5).group_by(owner).agg(square=error**2 / variance, rows=pl.len())
+        assert often.filter(pl.col("rows") >= 10)["square"].mean() == pytest.approx(1, abs=0.1)
+
+
+# The funnel: taste, and effects of ids
+
+
+def test_taste_makes_those_who_click_more_likely_to_convert() -> None:
+    lifts: list[float] = []
+    for taste in (0.0, 1.0, 2.0):
+        frame = funnel(taste=taste)
+        clicked = pl.col(CONVERSION_TRUTH).filter(pl.col(LABEL) == 1).mean()
+        lifts.append(frame.select(clicked - pl.col(CONVERSION_TRUTH).mean()).item())
+    assert abs(lifts[0]) < 0.05  # shared columns alone
+    assert lifts[1] > lifts[0] + 0.05
+    assert lifts[2] > lifts[1] + 0.05
+
+
+@pytest.mark.parametrize("column", [TRUTH, CONVERSION_TRUTH])
+def test_taste_adds_the_affinity_to_both_logits(column: str) -> None:
+    frame = small(**RATES, taste=2)
+    expected = 2 * affinity(CONFIG, user_numbers(frame).to_numpy(), frame["item_id"].to_numpy())
+    added = logit(frame, column) - logit(small(**RATES), column)
+    assert (added - expected).std() < 1e-9
+    assert expected.std() > 1
+
+
+def test_affinity_is_a_function_of_two_ids() -> None:
+    rng = np.random.default_rng(0)
+    user, item = rng.integers(0, 150_000, 200_000), rng.integers(0, 20_000, 200_000)
+    both = affinity(CONFIG, user, item)
+    assert both.std() == pytest.approx(1, abs=0.01)
+    assert both[7] == affinity(CONFIG, user[7:8], item[7:8])[0]
+    assert not np.array_equal(both, affinity(SyntheticConfig(seed=1), user, item))
+    for one_user, share in ((True, 0.64), (False, 0.23)):  # averaged over the others, what is left is the id's own
+        ids = np.arange(400)
+        grid = affinity(CONFIG, np.repeat(ids, 400), np.tile(ids, 400)).reshape(400, 400)
+        assert grid.mean(axis=0 if one_user else 1).var() == pytest.approx(share, abs=0.12)
+
+
+def test_conversions_have_effects_of_their_own() -> None:
+    ids = np.arange(100_000)
+    for field in ("user_id", "item_id"):
+        click, conversion = id_effect(CONFIG, field, ids), conversion_effect(CONFIG, field, ids)
+        assert conversion[41] == conversion_effect(CONFIG, field, ids[41:42])[0]
+        assert abs(np.corrcoef(click, conversion)[0, 1]) < 0.015
+
+
+def test_the_conversion_logit_is_the_sum_of_its_effects() -> None:
+    """On rows without tags: what is left is the intercept."""
+    bare = small(**RATES).drop_nulls(["advertiser", "price"]).filter(pl.col("tags").list.len().fill_null(0) == 0)
+    rest = logit(bare, CONVERSION_TRUTH) + 0.5 * (np.log(bare["price"].to_numpy()) - 1.5) / 0.8
+    ids = {"user_id": user_numbers(bare).to_numpy(), "item_id": bare["item_id"].to_numpy()}
+    for field in ("advertiser", "category", "device", "country", "placement"):
+        ids[field] = bare[field].cast(pl.Enum(LEVELS[field])).to_physical().cast(pl.Int64).to_numpy()
+    for field, of_field in ids.items():
+        rest -= conversion_effect(CONFIG, field, of_field)
+    assert len(bare) > 3_000
+    assert rest.std() < 1e-9
+
+
+# The funnel: when conversions arrive
+
+
+def test_a_conversion_is_a_click_that_converts() -> None:
+    frame = funnel()
+    assert frame[CONVERSION].equals(frame[LABEL] * frame[POTENTIAL], check_names=False)
+    assert frame[DELAY].is_not_null().equals(frame[CONVERSION] == 1, check_names=False)
+    assert frame[DELAY].max() == 0
+
+
+def test_delays_follow_their_mean() -> None:
+    frame = funnel(conversion_delay_days=4)
+    comes = frame[LABEL] * frame[POTENTIAL] == 1
+    assert frame[DELAY].is_not_null().equals(comes, check_names=False)
+    delay = frame[DELAY].drop_nulls()
+    assert len(delay) > 12_000
+    assert delay.mean() == pytest.approx(4, rel=0.04)
+    assert delay.median() == pytest.approx(4 * np.log(2), rel=0.05)
+    assert frame.drop(DELAY).equals(funnel().drop(DELAY), null_equal=True)  # until when is not said: all are seen
+
+
+def test_what_arrives_after_the_last_day_is_not_in_the_log() -> None:
+    dials = {**RATES, "conversion_delay_days": 3}
+    everything, seen = small(**dials), small(**dials, observed_until=day_of(2))
+    late = everything[DELAY] >= 3  # 2.9 days after the first day is the third
+    assert 0.3 < late.mean() < 0.45  # type: ignore[operator]
+    assert seen.drop(CONVERSION).equals(everything.drop(CONVERSION), null_equal=True)
+    assert seen[CONVERSION].equals((everything[CONVERSION] == 1).set(late.fill_null(False), False).cast(pl.Int8))
+
+
+def test_the_same_day_seen_later_has_more_conversions() -> None:
+    dials = {**RATES, "conversion_delay_days": 3}
+    seen = [small(**dials, observed_until=day_of(last))[CONVERSION] for last in (0, 1, 5, 60)]
+    for earlier, later in pairwise(seen):
+        assert (earlier <= later).all()
+        assert earlier.sum() < later.sum()
+    on_the_day = small(**dials)[DELAY] < 1
+    assert seen[0].sum() == on_the_day.sum() > 100
+
+
+def test_the_command_line_writes_a_funnel(tmp_path: Path) -> None:
+    given = ["--click-rate=0.2", "--conversion-rate=0.3", "--taste=1", "--confounding=1.5", "--delay-days=3"]
+    arguments = ["generate", f"--out={tmp_path}", "--days=2026-03-02", "--rows=500", *given]
+    result = CliRunner().invoke(main, [*arguments, "--observed-until=2026-03-09"])
+    assert result.exit_code == 0, result.output
+    config = SyntheticConfig.model_validate({"rows_per_day": 500, **RATES, **DIALS})
+    expected = day_frame(config, date(2026, 3, 2)).drop("day")
+    assert pl.read_parquet(tmp_path / "day=2026-03-02" / "*.parquet", hive_partitioning=False).equals(expected)
+    refused = CliRunner().invoke(main, [*arguments, "--observed-until=2026-02-01"])
+    assert refused.exit_code == 2
+    assert "observed_until = 2026-02-01" in refused.output
+
+
 # Refusals
 
 
@@ -239,12 +493,25 @@ def test_a_linear_model_sees_the_interactions_only_as_planted_crosses() -> None:
     [
         *(("rows_per_day", 0), ("rows_per_day", 1 << 32), ("users", 3), ("items", 0), ("seed", -1), ("start", "soon")),
         *(("click_rate", 0.0), ("click_rate", 1.0), ("new_user_share", 1.5), ("new_item_share", -0.1)),
-        ("clickrate", 0.2),
+        *(("clickrate", 0.2), ("conversion_rate", 0.0), ("conversion_rate", 1.0), ("taste", -1.0), ("taste", 11.0)),
+        *(("confounding", -0.1), ("confounding", 4.0), ("conversion_delay_days", -1.0), ("observed_until", "soon")),
     ],
 )
 def test_a_configuration_that_cannot_be_meant_is_refused(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=key):
         parse_config(SyntheticConfig, {key: value}, source="run.toml")
+
+
+@pytest.mark.parametrize(("key", "value"), [("conversion_delay_days", 2.0), ("observed_until", "2026-03-09")])
+def test_what_needs_conversions_is_refused_without_them(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"run.toml: {key} = {value}: .*set conversion_rate"):
+        parse_config(SyntheticConfig, {key: value}, source="run.toml")
+    parse_config(SyntheticConfig, {key: value, "conversion_rate": 0.1}, source="run.toml")
+
+
+def test_conversions_are_not_observed_before_the_log_begins() -> None:
+    with pytest.raises(ConfigError, match=r"observed_until = 2026-02-28: .*2026-03-01"):
+        parse_config(SyntheticConfig, {"conversion_rate": 0.1, "observed_until": "2026-02-28"}, source="run.toml")
 
 
 def test_the_configuration_is_frozen() -> None:
