@@ -81,7 +81,7 @@ def main() -> None:
         jobs = _jobs(options.data, folder, options.fields, quick=options.quick)
         if options.only:
             jobs = [j for j in jobs if j.name.split(" | ")[1] in options.only.split("/")]
-        records.run_jobs(file, jobs, budget_seconds=_seconds(options.budget))
+        records.run_jobs(file, jobs, budget_seconds=records.seconds(options.budget))
     print(table(file))
 
 
@@ -139,7 +139,7 @@ def _jobs(data: str, work: Path, fields: str, *, quick: bool) -> list[records.Jo
 
 def export(run: Run, fitted: FittedPipeline, work: Path, *, share: float) -> Path:
     """Encoded rows of the three splits as plain Parquet, the same for every model and for the peer."""
-    schema = fitted.schema(run.data.key, run.labels)
+    schema = run.schema_of(fitted)
     about = {
         "label": carried(run.labels[0]),
         "dense": [f.name for f in schema.dense],
@@ -156,7 +156,7 @@ def export(run: Run, fitted: FittedPipeline, work: Path, *, share: float) -> Pat
 
 
 def _ours(run: Run, fitted: FittedPipeline, folder: Path, seed: int, name: str) -> Mapping[str, Any]:
-    schema = fitted.schema(run.data.key, run.labels)
+    schema = run.schema_of(fitted)
     config = run.train.model_copy(update={"seed": seed})
     fit = ExampleStream((folder / "train.parquet",), schema, config.batch_size, shuffle=True, seed=seed)
     valid = ExampleStream((folder / "valid.parquet",), schema, config.batch_size)
@@ -174,7 +174,7 @@ def _ours(run: Run, fitted: FittedPipeline, folder: Path, seed: int, name: str) 
 
 def predict(model: ModelConfig, weights: Any, file: Path, fitted: FittedPipeline, run: Run) -> tuple[Any, Any]:
     """Labels and probabilities of encoded rows, by the plain model."""
-    schema = fitted.schema(run.data.key, run.labels)
+    schema = run.schema_of(fitted)
     plain = load_model(model, schema, weights, where=file)
     columns = to_columns(pl.read_parquet(file), schema, labels=True)
     import torch
@@ -200,11 +200,6 @@ def _peer(folder: Path, seed: int, options: list[str]) -> Mapping[str, Any]:
 
 def _toml(tables: list[dict[str, str]]) -> str:
     return "[" + ", ".join("{" + ", ".join(f'{k} = "{v}"' for k, v in t.items()) + "}" for t in tables) + "]"
-
-
-def _seconds(text: str) -> float:
-    units = {"s": 1, "m": 60, "h": 3600}
-    return float(text[:-1]) * units[text[-1]] if text[-1] in units else float(text)
 
 
 if __name__ == "__main__":

@@ -96,5 +96,11 @@ def summary(file: Path, names: Iterable[str], figures: Sequence[str]) -> list[di
     return rows
 
 
+def seconds(text: str) -> float:
+    """Seconds of `90m`, `2h` or `30s`."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    return float(text[:-1]) * units[text[-1]] if text[-1] in units else float(text)
+
+
 def _git(root: Path, *arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout.strip()

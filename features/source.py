@@ -17,6 +17,8 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from base.config import Config
 from base.errors import ConfigError, DataError
 from features.columns import explained, kind_of, require, sql
+from features.readers.coat import FILES as COAT_FILES
+from features.readers.coat import read_coat
 from features.readers.criteo import read_criteo
 from features.readers.movielens import read_movielens_1m
 from features.schema import carried
@@ -25,7 +27,7 @@ from features.split import Day, RandomSplit, Split, days_of, names_of, rows_of
 REASON = "__reason"
 """Why a row is set aside; null for a good one."""
 
-Format = Literal["parquet", "csv", "criteo", "movielens-1m"]
+Format = Literal["parquet", "csv", "criteo", "movielens-1m", "coat"]
 Type = Literal["integer", "float", "text", "boolean"]
 _TYPES: dict[Type, pl.DataType] = {
     "integer": pl.Int64(),
@@ -290,6 +292,8 @@ def _expand(files: Files) -> tuple[Path, ...]:
     if files.format == "movielens-1m":
         return tuple(sorted(p for p in Path(files.path).glob("*") if p.suffix in (".dat", ".parquet")))
     path = Path(files.path)
+    if files.format == "coat":
+        return tuple(path / name for name in COAT_FILES if (path / name).is_file())
     # Not Path.glob: it does not follow published links, and enters .versions.
     pattern = f"{escape(files.path)}/**/*.*" if path.is_dir() else files.path
     found = sorted(map(Path, glob(pattern, recursive=True)))
@@ -316,6 +320,8 @@ def _scan(config: Files, files: Sequence[Path]) -> pl.LazyFrame:
     """
     if config.format == "movielens-1m":
         return read_movielens_1m(Path(config.path))
+    if config.format == "coat":
+        return read_coat(Path(config.path))
     groups: dict[tuple[tuple[str, str], ...], list[Path]] = {}
     for file in files:
         groups.setdefault(tuple(_hive(file).items()), []).append(file.resolve())
@@ -336,8 +342,8 @@ def _scan_files(config: Files, files: list[Path]) -> pl.LazyFrame:
             return _scan_csv(config, files)
         case "criteo":
             return read_criteo(files, config.row_number)
-        case "movielens-1m":
-            raise ConfigError("format movielens-1m reads one folder")
+        case "movielens-1m" | "coat":
+            raise ConfigError(f"format {format} reads one folder")
         case _:
             assert_never(format)
 

@@ -45,7 +45,7 @@ class ExpertsConfig(Config):
             raise ValueError(f"k = {self.k} experts cannot be kept of count = {self.count}; k must be at most count")
         if self.gate == "tree" and (self.count < 2 or self.count & (self.count - 1)):
             raise ValueError(
-                f"count = {self.count}: the experts of gate = 'tree' are its leaves; give it 2, 4, 8, 16, ..."
+                f"count = {self.count}, but a tree's leaves are its experts; give it 2, 4, 8, 16 and so on"
             )
         return self
 
@@ -135,8 +135,8 @@ class Experts(nn.Module):
     def forward(self, x_BX: Tensor) -> tuple[Tensor, Tensor]:
         """mixed_BTH, and entropy_B for the loss to add `config.entropy` times its mean (zeros without trees)."""
         weights_BTE, entropy_B = self.gate(x_BX)
-        used_BE = _used(weights_BTE)
-        if self.dense or used_BE.all():  # untrained trees use every expert, which is faster without gathering
+        # Untrained trees use every expert for every row, which is faster without gathering.
+        if self.dense or (used_BE := _used(weights_BTE)).all():
             return self._mix_all(x_BX, weights_BTE), entropy_B
         return self._mix_used(x_BX, weights_BTE, used_BE), entropy_B
 

@@ -75,16 +75,17 @@ def five_days() -> pl.DataFrame:
 
 
 @cache
-def first_day(config: SyntheticConfig) -> pl.DataFrame:
+def first_day(text: str) -> pl.DataFrame:
+    config = SyntheticConfig.model_validate_json(text)
     return day_frame(config, config.start)
 
 
 def funnel(**dials: float) -> pl.DataFrame:
-    return first_day(SyntheticConfig.model_validate({"rows_per_day": 250_000, **RATES, **dials}))
+    return first_day(SyntheticConfig.model_validate({"rows_per_day": 250_000, **RATES, **dials}).model_dump_json())
 
 
 def small(**dials: object) -> pl.DataFrame:
-    return first_day(SyntheticConfig.model_validate({"rows_per_day": 20_000, **dials}))
+    return first_day(SyntheticConfig.model_validate({"rows_per_day": 20_000, **dials}).model_dump_json())
 
 
 def logit(frame: pl.DataFrame, column: str) -> np.ndarray:

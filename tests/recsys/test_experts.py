@@ -108,7 +108,9 @@ def test_tree_gate_sums_its_leaves_over_trees(gamma: float) -> None:
 def test_smooth_step_stays_within_0_and_1_and_rises(dtype: torch.dtype) -> None:
     t = torch.linspace(-1, 1, 100_001, dtype=dtype)
     s = smooth_step(t, 1.5)
-    assert (s.diff() >= 0).all()
+    assert (s.diff() >= -torch.finfo(dtype).eps).all()
+    assert s.min() == 0
+    assert s.max() == 1
     assert (s[t <= -0.75] == 0).all()
     assert (s[t >= 0.75] == 1).all()
     inside = t[t.abs() < 0.75].double().numpy()
@@ -204,7 +206,7 @@ def test_an_unused_expert_has_zero_gradient(gate: str) -> None:
     model = make(gate)
     with torch.no_grad():
         if gate == "tree":
-            tree(model).nodes.bias += 100  # every row goes left
+            tree(model).nodes.bias.add_(100)  # every row goes left
         else:
             model.gate.get_parameter("logits.bias").view(T, E)[:, :2] += 100
     weights_BTE = model.weights(rows(20))
@@ -292,12 +294,11 @@ def test_descent_on_entropy_leaves_k_experts() -> None:
     assert (active_per_row(model.weights(x_BX)) == 8).all()
     start = model(x_BX)[1].mean().item()
     assert start == pytest.approx(np.log(8), rel=0.01)
-    optimizer = torch.optim.Adam(model.gate.parameters(), 0.02)
-    for _ in range(200):
+    optimizer = torch.optim.Adam(model.gate.parameters(), 0.05)
+    for _ in range(250):
         optimizer.zero_grad()
         model.gate(x_BX)[1].mean().backward()
         optimizer.step()
-    print(model(x_BX)[1].mean().item(), active_per_row(model.weights(x_BX)).bincount())
     assert model(x_BX)[1].mean().item() < 0.01 * start
     assert (active_per_row(model.weights(x_BX)) <= K).all()
 
@@ -309,8 +310,11 @@ def test_descent_on_entropy_leaves_k_experts() -> None:
     ("tree", "message"),
     [
         ({"gate": "top_k", "count": 4, "k": 5}, "k = 5 experts cannot be kept of count = 4; k must be at most count"),
-        ({"gate": "tree", "count": 12}, "count = 12: the experts of gate = 'tree' are its leaves; give it 2, 4, 8"),
-        ({"gate": "tree", "count": 1}, "count = 1: "),
+        (
+            {"gate": "tree", "count": 12},
+            "count = 12, but a tree's leaves are its experts; give it 2, 4, 8, 16 and so on",
+        ),
+        ({"gate": "tree", "count": 1}, "count = 1, but a tree"),
         ({"hidden": []}, "hidden is empty; give the experts one layer or more"),
         ({"gate": "hash"}, "gate = 'hash'"),
         ({"gamma": 0}, "gamma = 0"),

@@ -1,0 +1,383 @@
+"""Post-click conversion: the funnel models on a synthetic log whose truth is known and on Coat, gates on Census-Income.
+
+    python -m bench.conversion --data PATH                 everything, 5 seeds; PATH holds coat/ and census-income-kdd/
+    python -m bench.conversion --data PATH --quick         one seed on little data
+    python -m bench.conversion --part synthetic            one of synthetic, coat, census
+    python -m bench.conversion --table                     print the tables from the records
+
+All methods of a part run with the same sizes, learning rates and epochs, chosen on validation rows of one seed.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from base.config import load_config
+from bench import records
+from features.pipeline import FittedPipeline
+from features.readers.synthetic import SyntheticConfig
+from features.schema import Schema, carried
+from features.source import REASON
+from pipelines.config import Run
+from pipelines.generate import generate
+from pipelines.prepare import examples_of, prepare
+from pipelines.progress import Ticker
+from recsys import trainer
+from recsys.bundle import load_model
+from recsys.data import ExampleStream, batches, to_columns
+from recsys.experts import active_per_row
+from recsys.metrics import calibration_ratio, log_loss, normalized_entropy, roc_auc
+from recsys.models import Model
+from recsys.models.multitask import MultiTask
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "pipelines" / "runs"
+RECORDS = records.FOLDER / "conversion.jsonl"
+SEEDS = 5
+DAYS = 10
+
+METHODS: dict[str, dict[str, Any]] = {
+    "BASE": {"name": "base"},
+    "DIVISION": {"name": "division"},
+    "ESMM-NS": {"name": "esmm", "shared_embeddings": False},
+    "ESMM": {"name": "esmm"},
+    "ESCM²-IPS": {"name": "escm2"},
+    "ESCM²-DR": {"name": "escm2", "risk": "dr"},
+    "NISE": {"name": "nise"},
+}
+_EXPERTS = {"count": 8, "hidden": [32]}
+CENSUS: dict[str, dict[str, Any]] = {
+    "single task": {"shared_embeddings": False, "tower": {"kind": "mlp", "hidden": [32, 16]}},
+    "shared bottom": {"bottom": [64]},
+    "MMoE, softmax": {"experts": {**_EXPERTS, "gate": "softmax"}},
+    "MMoE, top-2": {"experts": {**_EXPERTS, "gate": "top_k", "k": 2}},
+    "MMoE, 2 trees": {"experts": {**_EXPERTS, "gate": "tree", "k": 2, "entropy": 0.01}},
+}
+
+
+@dataclass(frozen=True)
+class Log:
+    """One setting of the synthetic funnel."""
+
+    taste: float
+    confounding: float
+
+    @property
+    def name(self) -> str:
+        return f"taste {self.taste:g}, confounding {self.confounding:g}"
+
+
+LOGS = (Log(0, 0), Log(1, 0), Log(2, 0), Log(1, 1))
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with coat/ and census-income-kdd/")
+    parser.add_argument("--work", type=Path, default=Path("build/bench/conversion"), help="where examples are prepared")
+    parser.add_argument("--part", choices=("synthetic", "coat", "census"), help="by default all three")
+    parser.add_argument("--only", help="names of methods, separated by /")
+    parser.add_argument("--logs", help="numbers of synthetic logs, e.g. 0,2")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--budget", default="2h", help="e.g. 90m or 2h")
+    parser.add_argument("--table", action="store_true", help="only print the tables")
+    options = parser.parse_args()
+    file = options.work / "quick.jsonl" if options.quick else RECORDS  # quick figures are no measurements
+    if not options.table:
+        parts = [options.part] if options.part else ["synthetic", "coat", "census"]
+        if options.data is None and parts != ["synthetic"]:
+            parser.error("--data is needed: the folder that holds coat/ and census-income-kdd/")
+        jobs: list[records.Job] = []
+        if "synthetic" in parts:
+            numbers = [int(n) for n in options.logs.split(",")] if options.logs else range(len(LOGS))
+            for log in (LOGS[n] for n in numbers):
+                jobs += synthetic_jobs(log, options.work, quick=options.quick)
+        data = options.data or Path()
+        if "coat" in parts:
+            jobs += coat_jobs(data / "coat", options.work, quick=options.quick)
+        if "census" in parts:
+            jobs += census_jobs(data / "census-income-kdd/census-income.test.gz", options.work, quick=options.quick)
+        if options.only:
+            jobs = [j for j in jobs if j.name.rpartition(" | ")[2] in options.only.split("/")]
+        records.run_jobs(file, jobs, budget_seconds=records.seconds(options.budget))
+    print(tables(file))
+
+
+# --- the three parts -------------------------------------------------------------------------------------------------
+
+
+def synthetic_jobs(log: Log, work: Path, *, quick: bool) -> list[records.Job]:
+    """2M impressions: eight days to train on, one to choose the epoch, one to measure on."""
+    config = SyntheticConfig(
+        rows_per_day=10_000 if quick else 200_000,
+        users=2_000 if quick else 20_000,
+        items=500 if quick else 4_000,
+        click_rate=0.03,
+        conversion_rate=0.1,
+        taste=log.taste,
+        confounding=log.confounding,
+    )
+    days = [config.start + timedelta(days=n) for n in range(DAYS)]
+    folder = work / f"taste{log.taste:g}-confounding{log.confounding:g}{'-quick' if quick else ''}"
+    run = load_config(Run, RUNS / "esmm.toml", _settings(folder, days, epochs=1 if quick else 2))
+    generate_once(config, days, folder / "logs")
+    fitted = prepare(run, say=lambda _: None)
+    truth = ("would_convert", "click_probability", "conversion_probability", "click_and_conversion_probability")
+    test = _rows(run, fitted, run.source.partitions("test"), truth)
+    common = {"bench": "conversion", "log": json.loads(config.model_dump_json()), "features": fitted.version}
+    return [
+        _job(f"{log.name} | {name}", run, fitted, model, common, quick, lambda m, f=test: funnel_figures(m, f))
+        for name, model in METHODS.items()
+    ]
+
+
+def coat_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
+    """Trained on what users chose to rate; measured on that, and on coats drawn at random, never trained on."""
+    folder = work / ("coat-quick" if quick else "coat")
+    epochs = ["train.epochs=1"] if quick else []
+    where = ["data.where=random_rating IS NULL"]
+    run = load_config(Run, RUNS / "coat.toml", [f'data.path="{data}"', f'output="{folder}"', *epochs, *where])
+    fitted = prepare(run, say=lambda _: None)
+    chosen = _rows(run, fitted, ["split=test"], ())
+    everything = run.model_copy(update={"data": run.data.model_copy(update={"where": "random_rating IS NOT NULL"})})
+    splits = [f"split={role}" for role in ("train", "valid", "test")]
+    random = _rows(everything, fitted, splits, ("liked_at_random",))
+    common = {"bench": "conversion", "data": "coat", "features": fitted.version}
+    return [
+        _job(f"coat | {name}", run, fitted, model, common, quick, lambda m: coat_figures(m, chosen, random))
+        for name, model in METHODS.items()
+    ]
+
+
+def census_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
+    """Two tasks; single-task networks against what they may share."""
+    folder = work / ("census-quick" if quick else "census")
+    epochs = ["train.epochs=1"] if quick else []
+    run = load_config(Run, RUNS / "census.toml", [f'data.path="{data}"', f'output="{folder}"', *epochs])
+    fitted = prepare(run, say=lambda _: None)
+    test = _rows(run, fitted, ["split=test"], ())
+    common = {"bench": "conversion", "data": "census", "features": fitted.version}
+    plain = {"name": "multitask", "dim": run.model.model_dump()["dim"], "tower": {"kind": "mlp", "hidden": [16]}}
+    return [
+        _job(f"census | {name}", run, fitted, {**plain, **model}, common, quick, lambda m: census_figures(m, test))
+        for name, model in CENSUS.items()
+    ]
+
+
+def _settings(folder: Path, days: Sequence[date], *, epochs: int) -> list[str]:
+    split = f'{{ train = "{days[0]}..{days[-3]}", valid = "{days[-2]}", test = "{days[-1]}" }}'
+    return [
+        f'output="{folder}"',
+        f'data.path="{folder}/logs/day=*/*.parquet"',
+        f"data.split={split}",
+        "data.matures_after_days={}",
+        f"train.epochs={epochs}",
+    ]
+
+
+def generate_once(config: SyntheticConfig, days: Sequence[date], folder: Path) -> None:
+    """The log, unless it is there."""
+    about = folder / "config.json"
+    if about.is_file() and about.read_text() == config.model_dump_json():
+        return
+    generate(config, list(days), folder, overwrite=True, say=lambda _: None)
+    about.write_text(config.model_dump_json())
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A trained model and how its training went."""
+
+    model: Model
+    schema: Schema
+    step_ms: float
+
+    def scores(self, rows: pl.DataFrame) -> dict[str, np.ndarray[Any, Any]]:
+        """Probabilities of encoded rows by output."""
+        columns = to_columns(rows, self.schema, labels=False)
+        with torch.no_grad():
+            parts = [self.model.probabilities(self.model(batch)) for batch in batches(columns, 8192)]
+        p_RO = torch.cat(parts).double().numpy()
+        return {o.name: p_RO[:, i] for i, o in enumerate(self.model.outputs)}
+
+
+def _job(
+    name: str, run: Run, fitted: FittedPipeline, model: Mapping[str, Any], common: Mapping[str, Any], quick: bool,
+    figures: Any,
+) -> records.Job:  # fmt: skip
+    base = run.model.model_dump()
+    tree = {"dim": base["dim"], "tower": base["tower"], **model}
+    configured = Run.model_validate({**run.model_dump(mode="json"), "model": tree})
+    config = {**common, "model": configured.model.model_dump(), "train": configured.train.model_dump(), "quick": quick}
+
+    def measure(seed: int) -> Mapping[str, Any]:
+        return figures(_train(configured, fitted, seed, name))
+
+    return records.Job(name, config, 1 if quick else SEEDS, measure)
+
+
+def _train(run: Run, fitted: FittedPipeline, seed: int, name: str) -> Measured:
+    schema = run.schema_of(fitted)
+    config = run.train.model_copy(update={"seed": seed})
+    files = {role: tuple(examples_of(run, run.source.partitions(role), fitted)) for role in ("train", "valid")}
+    fit = ExampleStream(files["train"], schema, config.batch_size, shuffle=True, seed=seed)
+    valid = ExampleStream(files["valid"], schema, config.batch_size)
+    with tempfile.TemporaryDirectory() as scratch:
+        ticker = Ticker(f"{name} seed {seed}", interval_seconds=60)
+        trained = trainer.train(run.model, schema, fit, valid, config, Path(scratch), on_step=ticker.on_step)
+    model = load_model(run.model, schema, trained.weights, where=Path(name))
+    return Measured(model, schema, _step_ms(model, valid, config))
+
+
+def _step_ms(model: Model, stream: ExampleStream, config: trainer.TrainConfig) -> float:
+    """Median milliseconds of a dense step (forward, loss, backward) on prebuilt batches, tables without update."""
+    model.train()
+    batch = next(stream.epoch(0))
+    parameters = [p for n, p in model.named_parameters() if ".tables." not in n]
+    times: list[float] = []
+    for _ in range(30):
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(True)
+        begun = time.perf_counter()
+        model.loss(model(batch), batch.labels_BT).backward()
+        times.append(time.perf_counter() - begun)
+    model.eval()
+    return 1000 * float(np.median(times[5:]))
+
+
+def _rows(run: Run, fitted: FittedPipeline, partitions: Sequence[str], keep: Sequence[str]) -> pl.DataFrame:
+    """Encoded good rows with their labels and what else is asked for."""
+    labels = [carried(label) for label in run.labels]
+    good = (run.source.checked(p).filter(pl.col(REASON).is_null()) for p in partitions)
+    return pl.concat([fitted.transform(rows, keep=[*labels, *keep]).collect() for rows in good])
+
+
+def funnel_figures(measured: Measured, test: pl.DataFrame) -> dict[str, float]:
+    """Quality in each space; calibration of pCVR against the known truth, everywhere and by propensity."""
+    scores = measured.scores(test)
+    p, q, both = (scores[n] for n in ("p_click", "p_conversion_given_click", "p_click_and_conversion"))
+    click, conversion, potential = (test[n].to_numpy() for n in ("@click", "@conversion", "would_convert"))
+    truth, propensity = test["conversion_probability"].to_numpy(), test["click_probability"].to_numpy()
+    clicked, rare = click == 1, propensity < np.median(propensity)
+    return {
+        "ctr_auc": roc_auc(click, p),
+        "clicked_auc": roc_auc(conversion[clicked], q[clicked]),
+        "clicked_ratio": calibration_ratio(conversion[clicked], q[clicked]),
+        "entire_auc": roc_auc(potential, q),
+        "entire_ne": normalized_entropy(potential, q),
+        "entire_ratio": float(q.mean() / truth.mean()),
+        "rare_ratio": float(q[rare].mean() / truth[rare].mean()),
+        "ctcvr_auc": roc_auc(conversion, both),
+        "ctcvr_ratio": calibration_ratio(conversion, both),
+        "floor_entire_auc": roc_auc(potential, truth),
+        "floor_clicked_auc": roc_auc(conversion[clicked], truth[clicked]),
+        "step_ms": measured.step_ms,
+    }
+
+
+def coat_figures(measured: Measured, chosen: pl.DataFrame, random: pl.DataFrame) -> dict[str, float]:
+    """pCVR on rated pairs held out, and on pairs shown at random; pCTCVR on all held-out pairs."""
+    scores, at_random = measured.scores(chosen), measured.scores(random)["p_liked_given_rated"]
+    rated, liked = chosen["@rated"].to_numpy() == 1, chosen["@liked"].to_numpy()
+    potential = random["liked_at_random"].cast(pl.Int8).to_numpy()
+    q = scores["p_liked_given_rated"][rated]
+    return {
+        "ctr_auc": roc_auc(rated, scores["p_rated"]),
+        "clicked_auc": roc_auc(liked[rated], q),
+        "clicked_ratio": calibration_ratio(liked[rated], q),
+        "entire_auc": roc_auc(potential, at_random),
+        "entire_ne": normalized_entropy(potential, at_random),
+        "entire_ratio": calibration_ratio(potential, at_random),
+        "ctcvr_auc": roc_auc(liked, scores["p_rated_and_liked"]),
+        "step_ms": measured.step_ms,
+    }
+
+
+def census_figures(measured: Measured, test: pl.DataFrame) -> dict[str, float]:
+    """AUC and log loss per task; experts that a row uses in some task."""
+    scores = measured.scores(test)
+    found: dict[str, float] = {"step_ms": measured.step_ms}
+    for task in ("income", "never_married"):
+        labels = test[carried(task)].to_numpy()
+        found[f"{task}_auc"] = roc_auc(labels, scores[f"p_{task}"])
+        found[f"{task}_log_loss"] = log_loss(labels, scores[f"p_{task}"])
+    model = measured.model
+    assert isinstance(model, MultiTask)
+    batch = next(batches(to_columns(test, measured.schema, labels=False), test.height))
+    with torch.no_grad():
+        weights_BTE = model.network.expert_weights(model.embed.separate(batch))
+    found["active_experts"] = (
+        float("nan") if weights_BTE is None else float(active_per_row(weights_BTE).double().mean())
+    )
+    return found
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+_FUNNEL_COLUMNS = {
+    "pCVR AUC, clicked": ("clicked_auc", 4),
+    "pCVR AUC, all": ("entire_auc", 4),
+    "pCVR / truth, all": ("entire_ratio", 3),
+    "pCVR / truth, rarely clicked half": ("rare_ratio", 3),
+    "pCTCVR AUC, all": ("ctcvr_auc", 4),
+}
+_CENSUS_COLUMNS = {
+    "income AUC": ("income_auc", 4),
+    "never married AUC": ("never_married_auc", 4),
+    "active experts per row": ("active_experts", 2),
+    "step, ms": ("step_ms", 2),
+}
+
+
+def tables(file: Path = RECORDS) -> str:
+    """The README's tables, from the records."""
+    parts = [
+        _table(file, [f"{log.name} | {m}" for log in LOGS for m in METHODS], _FUNNEL_COLUMNS, "log"),
+        _table(
+            file,
+            [f"coat | {m}" for m in METHODS],
+            {name: column for name, column in _FUNNEL_COLUMNS.items() if column[0] != "rare_ratio"},
+            "data",
+        ),
+        _table(file, [f"census | {m}" for m in CENSUS], _CENSUS_COLUMNS, "data"),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _table(file: Path, names: Sequence[str], columns: Mapping[str, tuple[str, int]], first: str) -> str:
+    rows = records.summary(file, names, [figure for figure, _ in columns.values()])
+    if not rows:
+        return ""
+    lines = [f"| {first} | model | {' | '.join(columns)} | seeds |", "|---" * (len(columns) + 3) + "|"]
+    for row in rows:
+        where, _, model = row["name"].rpartition(" | ")
+        cells = [_cell(row, figure, digits) for figure, digits in columns.values()]
+        lines.append(f"| {where} | {model} | {' | '.join(cells)} | {row['n']} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any], figure: str, digits: int) -> str:
+    mean, spread = row[figure], row[f"{figure}_sd"]
+    if np.isnan(mean):
+        return ""
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if row["n"] > 1 else "")
+
+
+if __name__ == "__main__":
+    main()
