@@ -4,6 +4,7 @@ Text stays text and colours can become CSS variables, so that one drawing serves
 """
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -181,6 +182,28 @@ def calibration(name: str, curve: pl.DataFrame) -> Plot:
         _legend_above(figure, axes)
 
     return _plot(name, "Calibration curve", 3.6, draw)
+
+
+def propensity(name: str, quantity: str, deciles: pl.DataFrame) -> Plot:
+    """A conditional probability by tenths of the click's: predicted on all rows, observed on clicks, and the truth."""
+    x = deciles["propensity"].to_numpy()
+    observed = deciles["observed"].cast(pl.Float64).fill_null(math.nan).to_numpy()
+    error = 1.96 * np.sqrt(observed * (1 - observed) / np.maximum(deciles["clicks"].to_numpy(), 1))
+
+    def draw(figure: Figure, axes: Axes) -> None:
+        axes.errorbar(x, observed, yerr=error, color=MUTED, linestyle="", elinewidth=1.2, marker="s", markersize=4,
+                      label="observed on clicks")  # fmt: skip
+        if "truth" in deciles.columns:
+            axes.plot(x, deciles["truth"], color=TRUTH, linewidth=1.5, marker="D", markersize=4, label="true, all rows")
+        axes.plot(x, deciles["predicted"], color=MODEL, linewidth=1.5, marker="o", markersize=4.5,
+                  label="predicted, all rows")  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_xlabel("predicted click probability, mean of the tenth")
+        axes.set_ylabel(short(quantity, 40))
+        axes.set_ylim(bottom=0)
+        _legend_above(figure, axes)
+
+    return _plot(name, f"{quantity} by propensity", 3.6, draw)
 
 
 def histogram(name: str, label: str, scores_N: NDArray[Any], labels_N: NDArray[np.bool_]) -> Plot:

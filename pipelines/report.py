@@ -23,7 +23,7 @@ from base.storage import dump_json, is_published, publish, read_manifest, resolv
 from features.schema import Output
 from features.source import REASON
 from features.transforms import UNKNOWN
-from pipelines import plots
+from pipelines import page, plots, tasks_page
 from pipelines.config import Run
 from pipelines.evaluate import evaluation_of
 from pipelines.measure import held_out, questions
@@ -62,6 +62,8 @@ def report(run: Run, *, partition: str | None = None) -> Path:
     sections = [
         _heading(facts, _registered(run, registry.versions_of_run(run_id))),
         *(_quality(facts, output, drawn) for output in questions(run, facts.bundle.outputs)),
+        tasks_page.funnel(run, facts.bundle, facts.scored, drawn),
+        tasks_page.experts(facts.bundle, facts.sample, drawn),
         _how_it_learned(facts, drawn),
         _slices(facts, drawn),
         _attention(facts, drawn),
@@ -142,40 +144,7 @@ def _registered(run: Run, versions: Sequence[int]) -> str:
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
-class Html(str):
-    """Text that is markup already; any other text is escaped when it enters a page."""
-
-
-def _tag(name: str, *children: "str | Html", kind: str = "") -> Html:
-    inside = "".join(c if isinstance(c, Html) else escape(c) for c in children)
-    return Html(f'<{name} class="{kind}">{inside}</{name}>' if kind else f"<{name}>{inside}</{name}>")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, kind: str = "") -> Html:
-    """The first `left` columns hold text, the others numbers."""
-
-    def line(cell: str, values: Sequence[str]) -> Html:
-        return _tag("tr", *(_tag(cell, v, kind="" if i < left else "number") for i, v in enumerate(values)))
-
-    body = _tag("tbody", *(line("td", row) for row in rows))
-    return _tag("div", _tag("table", _tag("thead", line("th", head)), body, kind=kind), kind="scroll")
-
-
-def _details(summary: str, *children: Html) -> Html:
-    return _tag("details", _tag("summary", summary), *children)
-
-
-def _figure(drawn: list[Plot], plot: Plot, title: str, caption: str = "", *, kind: str = "") -> Html:
-    drawn.append(plot)
-    below = [_tag("p", caption, kind="note")] if caption else []
-    return _tag("figure", _tag("figcaption", _tag("b", title)), _tag("div", Html(plot.inline)), *below, kind=kind)
-
-
-def _figures(*figures: Html) -> Html:
-    return _tag("div", *figures, kind="figures")
-
-
-def _page(facts: _Facts, sections: Sequence[Html]) -> str:
+def _page(facts: _Facts, sections: Sequence[page.Html]) -> str:
     frame = Template((files("pipelines") / "report.html").read_text(encoding="utf-8"))
     title = f"{_name(facts.run)}, bundle {facts.bundle.version}"
     return frame.substitute(title=escape(title), body="\n".join(sections))
@@ -185,32 +154,32 @@ def _name(run: Run) -> str:
     return run.name or run.model.name
 
 
-def _heading(facts: _Facts, registered: str) -> Html:
+def _heading(facts: _Facts, registered: str) -> page.Html:
     partitions = facts.partitions
     span = partitions[0] if len(partitions) == 1 else f"{partitions[0]} to {partitions[-1]}"
     model = "" if _name(facts.run) == facts.run.model.name else f"{facts.run.model.name}, "
-    return _tag(
+    return page.tag(
         "header",
-        _tag("h1", f"{_name(facts.run)} on {span}"),
-        _tag(
+        page.tag("h1", f"{_name(facts.run)} on {span}"),
+        page.tag(
             "p",
             f"{model}bundle ",
-            _tag("code", facts.bundle.version),
+            page.tag("code", facts.bundle.version),
             f", {registered}. Measured on {facts.scored.height:,} held-out rows of ",
-            _tag("code", facts.run.data.path),
+            page.tag("code", facts.run.data.path),
             f", {', '.join(partitions)}.",
         ),
     )
 
 
-def _how_it_learned(facts: _Facts, drawn: list[Plot]) -> Html:
+def _how_it_learned(facts: _Facts, drawn: list[Plot]) -> page.Html:
     history, best = facts.bundle.metrics.get("history", []), int(facts.bundle.metrics.get("best_epoch", 0))
     if not history or not best:
-        return Html()
+        return page.Html()
     outputs = facts.bundle.outputs
     curve = [(float(done), float(loss)) for done, loss in facts.bundle.metrics.get("curve", [])]
     train_loss = {"training": curve} if curve else {}
-    figures: list[Html] = []
+    figures: list[page.Html] = []
     for output in outputs:
         loss, auc = (
             [(e["epoch"], e.get(f"{output.name}.{m}", math.nan)) for e in history] for m in ("log_loss", "auc")
@@ -219,22 +188,25 @@ def _how_it_learned(facts: _Facts, drawn: list[Plot]) -> Html:
         beside = train_loss if len(outputs) == 1 else {}
         losses = plots.epochs(f"epochs-{output.name}-loss", "log loss", {"validation": loss, **beside}, best)
         ranks = plots.epochs(f"epochs-{output.name}-auc", "AUC", {"validation": auc}, best)
-        figures += [_figure(drawn, losses, f"Log loss, {output.name}"), _figure(drawn, ranks, f"AUC, {output.name}")]
+        figures += [
+            page.figure(drawn, losses, f"Log loss, {output.name}"),
+            page.figure(drawn, ranks, f"AUC, {output.name}"),
+        ]
     if len(outputs) > 1:
-        figures.append(_figure(drawn, plots.loss_curve("epochs-loss", curve), "Training loss"))
-    return _tag(
+        figures.append(page.figure(drawn, plots.loss_curve("epochs-loss", curve), "Training loss"))
+    return page.tag(
         "section",
-        _tag("h2", "How it learned"),
-        _tag("p", f"The weights kept are those of epoch {best} of {len(history)}, the best on the validation rows. "
+        page.tag("h2", "How it learned"),
+        page.tag("p", f"The weights kept are those of epoch {best} of {len(history)}, the best on the validation rows. "
              "Where the training loss falls on and validation gets worse, the model learns rows by heart."),
-        _figures(*figures),
+        page.figures(*figures),
     )  # fmt: skip
 
 
 # Quality
 
 
-def _quality(facts: _Facts, output: Output, drawn: list[Plot]) -> Html:
+def _quality(facts: _Facts, output: Output, drawn: list[Plot]) -> page.Html:
     found = metrics.headline(facts.table, output.name, output.space)
     truth = facts.truth_of(output)
     floor = metrics.headline(facts.table, truth, output.space) if truth else None
@@ -245,33 +217,33 @@ def _quality(facts: _Facts, output: Output, drawn: list[Plot]) -> Html:
     numbers: list[list[str]] = []
     for metric, (title, form, meaning) in _METRICS.items():
         if metric in found:
-            what = _tag("span", title, _tag("span", meaning, kind="note"))
-            numbers.append([what, *(_number(n[metric], form) for n in (found, floor) if n is not None)])
+            what = page.tag("span", title, page.tag("span", meaning, kind="note"))
+            numbers.append([what, *(page.number(n[metric], form) for n in (found, floor) if n is not None)])
     head = ["", "model", *([] if floor is None else ["known truth"])]
-    figures: list[Html] = []
+    figures: list[page.Html] = []
     if 0 < found["positives"] < found["rows"]:
         of_truth = metrics.roc_curve(known[output.label], known[truth]) if truth else None
         curve = metrics.roc_curve(labels_N, scores_N)
         drawing = plots.roc(f"{base}-roc", curve, of_truth)
-        figures.append(_figure(drawn, drawing, "Ranking", "The higher above guessing, the better."))
+        figures.append(page.figure(drawn, drawing, "Ranking", "The higher above guessing, the better."))
     if found["rows"]:
         bins = metrics.calibration_curve(labels_N, scores_N)
         spread = plots.histogram(f"{base}-scores", output.label, scores_N, labels_N)
         figures += [
-            _figure(drawn, plots.calibration(f"{base}-calibration", bins), "Calibration",
+            page.figure(drawn, plots.calibration(f"{base}-calibration", bins), "Calibration",
                     f"{bins.height} bins of equally many rows; on the line, probabilities are right."),
-            _figure(drawn, spread, "Separation", "The further apart, the better the model tells them apart."),
+            page.figure(drawn, spread, "Separation", "The further apart, the better the model tells them apart."),
         ]  # fmt: skip
-    return _tag(
+    return page.tag(
         "section",
-        _tag("h2", f"Quality of {output.name}, the probability of {output.label} = 1{on}"),
-        *(_tag("p", sentence) for sentence in _reading(output, found, floor)),
-        _table(head, numbers, kind="headline"),
-        _tag("p", f"{found['rows']:,.0f} rows, {found['positives']:,.0f} of them positive"
+        page.tag("h2", f"Quality of {output.name}, the probability of {output.label} = 1{on}"),
+        *(page.tag("p", sentence) for sentence in _reading(output, found, floor)),
+        page.table(head, numbers, kind="headline"),
+        page.tag("p", f"{found['rows']:,.0f} rows, {found['positives']:,.0f} of them positive"
              f"{_share(found['positives'], found['rows'])}."
              + ("" if floor is None else " Known truth is the true probability of every row, measured alike: the noise"
                 " floor that no model can beat but by luck."), kind="note"),
-        _figures(*figures),
+        page.figures(*figures),
     )  # fmt: skip
 
 
@@ -299,24 +271,24 @@ def _reading(output: Output, found: dict[str, float], floor: dict[str, float] | 
 # Slices
 
 
-def _slices(facts: _Facts, drawn: list[Plot]) -> Html:
+def _slices(facts: _Facts, drawn: list[Plot]) -> page.Html:
     columns = dict.fromkeys(facts.run.evaluate.slices)
     if not columns:
-        return Html()
-    parts: list[Html] = []
+        return page.Html()
+    parts: list[page.Html] = []
     for output in facts.bundle.outputs:
         for column in columns:
             parts += _slice(facts, output, column, drawn)
-    return _tag(
+    return page.tag(
         "section",
-        _tag("h2", "Where it is good, and where it is not"),
-        _tag("p", "Each value of a column measured by itself. Bars are 95% intervals: of values with few rows the "
+        page.tag("h2", "Where it is good, and where it is not"),
+        page.tag("p", "Each value of a column measured by itself. Bars are 95% intervals: of values with few rows the "
              "metrics say little."),
         *parts,
     )  # fmt: skip
 
 
-def _slice(facts: _Facts, output: Output, column: str, drawn: list[Plot]) -> list[Html]:
+def _slice(facts: _Facts, output: Output, column: str, drawn: list[Plot]) -> list[page.Html]:
     here = facts.table.filter(pl.col("slice") == column)
     found = here.filter(pl.col("output") == output.name, pl.col("space") == output.space)
     truth = facts.truth_of(output)
@@ -344,14 +316,14 @@ def _slice(facts: _Facts, output: Output, column: str, drawn: list[Plot]) -> lis
     )
     measured = {m: v for m, v in _METRICS.items() if found[m].is_not_null().any()}
     numbers = [
-        [r["value"], f"{r['rows']:,}", f"{r['positives']:,}", *(_number(r[m], v[1]) for m, v in measured.items())]
+        [r["value"], f"{r['rows']:,}", f"{r['positives']:,}", *(page.number(r[m], v[1]) for m, v in measured.items())]
         for r in found.iter_rows(named=True)
     ]
     head = [column, "rows", "positives", *(title for title, _, _ in measured.values())]
     return [
-        _tag("h3", f"{output.name} by {column}"),
-        _figures(_figure(drawn, auc, "Ranking"), _figure(drawn, ratio, "Calibration")),
-        _details("All numbers", _table(head, numbers)),
+        page.tag("h3", f"{output.name} by {column}"),
+        page.figures(page.figure(drawn, auc, "Ranking"), page.figure(drawn, ratio, "Calibration")),
+        page.details("All numbers", page.table(head, numbers)),
     ]
 
 
@@ -374,34 +346,34 @@ def _ratio_error(found: pl.DataFrame) -> NDArray[np.float64]:
 # Attention
 
 
-def _attention(facts: _Facts, drawn: list[Plot]) -> Html:
+def _attention(facts: _Facts, drawn: list[Plot]) -> page.Html:
     if not isinstance(facts.bundle.model, AutoInt):
-        return Html()
+        return page.Html()
     fields, a_LFK = facts.bundle.schema.fields, _attention_map(facts, facts.bundle.model)
     mean_FK = a_LFK.mean(axis=0)
     even = 1 / len(fields)
     top = float(a_LFK.max())
 
-    def heat(name: str, title: str, a_FK: NDArray[np.float64], *, caption: str = "", kind: str = "") -> Html:
+    def heat(name: str, title: str, a_FK: NDArray[np.float64], *, caption: str = "", kind: str = "") -> page.Html:
         written = (lambda v: f"{100 * v:.0f}") if len(fields) <= 16 else None
         drawing = plots.heat(
             name, title, a_FK, ("field", fields), ("attends to", fields),
             span=(0.0, top), quantity="share of attention", written=written,
         )  # fmt: skip
-        return _figure(drawn, drawing, title, caption, kind=kind)
+        return page.figure(drawn, drawing, title, caption, kind=kind)
 
     caption = f"Percent, lines add up to 100; even attention would be {even:.1%} everywhere."
     kind = "large" if len(fields) > 24 else ""
     heats = [heat("attention", "All layers and heads", mean_FK, caption=caption, kind=kind)]
     if len(a_LFK) > 1:
         heats += [heat(f"attention-layer-{i}", f"Layer {i}", a_FK, kind=kind) for i, a_FK in enumerate(a_LFK, start=1)]
-    return _tag(
+    return page.tag(
         "section",
-        _tag("h2", "Which fields attend to which"),
-        _tag("p", f"Mean over {facts.sample.height:,} held-out rows. Attention describes how the model mixes its "
+        page.tag("h2", "Which fields attend to which"),
+        page.tag("p", f"Mean over {facts.sample.height:,} held-out rows. Attention describes how the model mixes its "
              "fields, not what causes clicks nor by how much a pair matters; beyond the first layer a field already "
              "carries others."),
-        _figures(*heats),
+        page.figures(*heats),
         *_largest(facts, mean_FK),
     )  # fmt: skip
 
@@ -418,7 +390,7 @@ def _attention_map(facts: _Facts, model: AutoInt) -> NDArray[np.float64]:
     return (total_LFK / len(columns)).numpy()
 
 
-def _largest(facts: _Facts, mean_FK: NDArray[np.float64]) -> list[Html]:
+def _largest(facts: _Facts, mean_FK: NDArray[np.float64]) -> list[page.Html]:
     fields = facts.bundle.schema.fields
     both_FK = (mean_FK + mean_FK.T) / 2
     first, second = np.triu_indices(len(fields), k=1)
@@ -433,29 +405,29 @@ def _largest(facts: _Facts, mean_FK: NDArray[np.float64]) -> list[Html]:
         is_wanted = any(len(p) == 2 and p == sources[a] | sources[b] for p in wanted)
         if rank <= 10 or is_wanted:
             share = both_FK[first[k], second[k]]
-            pair = _tag("span", f"{a} × {b}", _tag("b", " ◂ drawn below") if is_wanted else "")
+            pair = page.tag("span", f"{a} × {b}", page.tag("b", " ◂ drawn below") if is_wanted else "")
             rows.append([pair, f"{rank}", f"{share:.1%}", f"{share * len(fields):.2f}"])
     return [
-        _tag("h3", "Largest interactions"),
-        _table(["pair of fields", f"rank of {order.size}", "mean attention", "times even"], rows),
-        _tag("p", "Mean of the attention in both directions. Pairs named in evaluate.pairs are listed whatever their "
-             "rank.", kind="note"),
+        page.tag("h3", "Largest interactions"),
+        page.table(["pair of fields", f"rank of {order.size}", "mean attention", "times even"], rows),
+        page.tag("p", "Mean of the attention in both directions. Pairs named in evaluate.pairs are listed whatever "
+                 "their rank.", kind="note"),
     ]  # fmt: skip
 
 
 # Pairs
 
 
-def _pairs(facts: _Facts, drawn: list[Plot]) -> list[Html]:
+def _pairs(facts: _Facts, drawn: list[Plot]) -> list[page.Html]:
     pairs = dict.fromkeys(facts.run.evaluate.pairs)
     return [_pair(facts, output, pair, drawn) for output in facts.bundle.outputs for pair in pairs]
 
 
-def _pair(facts: _Facts, output: Output, pair: tuple[str, str], drawn: list[Plot]) -> Html:
+def _pair(facts: _Facts, output: Output, pair: tuple[str, str], drawn: list[Plot]) -> page.Html:
     truth = facts.truth_of(output)
     cells, shown = _cells(facts.scored, pair, output, truth)
     if cells.is_empty():
-        return Html()
+        return page.Html()
     # The column with more values runs downwards, where its names have room.
     down, across = sorted(pair, key=lambda c: cells[c].n_unique(), reverse=True)
     levels = [list(dict.fromkeys(cells.sort(f"order {c}")[c])) for c in (down, across)]
@@ -479,31 +451,32 @@ def _pair(facts: _Facts, output: Output, pair: tuple[str, str], drawn: list[Plot
     # Against noisy counts a slope would come out too small.
     strength = f"; the interaction has {max(slope, 0):.0%} of its strength" if truth and math.isfinite(slope) else ""
 
-    def heat(which: int, what: str, m: NDArray[Any], span: tuple[float, float], quantity: str) -> Html:
+    def heat(which: int, what: str, m: NDArray[Any], span: tuple[float, float], quantity: str) -> page.Html:
         title = (name.capitalize(), learned.capitalize())[which]
         drawing = plots.heat(
             f"{base}-{what}-{('known', 'model')[which]}", f"{title}: {quantity} by {down} and {across}", m,
             (down, [str(v) for v in levels[0]]), (across, [str(v) for v in levels[1]]), span=span, quantity=quantity,
         )  # fmt: skip
-        return _figure(drawn, drawing, title)
+        return page.figure(drawn, drawing, title)
 
     dots = plots.scatter(
         f"{base}-scatter", f"Learned against {name}: interaction of {down} and {across}",
         joint[0][rows > 0], joint[1][rows > 0], rows[rows > 0], f"{name} (log-odds)",
         f"{learned} (log-odds)",
     )  # fmt: skip
-    return _tag(
+    return page.tag(
         "section",
-        _tag("h2", f"{down} × {across}: {name} beside {learned}, {output.name}"),
-        _tag("p", f"The interaction: a cell's log-odds less what its {down} and its {across} explain by themselves. "
-             f"Over the cells, weighted by their rows, the correlation of {name} and {output.name} is ",
-             _tag("b", _number(correlation, ".2f")), f" for the interaction and {_number(of_all, '.2f')} for the "
-             f"whole log-odds{strength}."),
-        _figures(*(heat(i, "interaction", m, (-reach, reach), "log-odds") for i, m in enumerate(joint)),
-                 _figure(drawn, dots, "Cell by cell", "On the line, the model has the interaction in full strength.")),
-        _details("The probabilities themselves",
-                 _figures(*(heat(i, "rate", m, (0.0, top), "mean probability") for i, m in enumerate(rates)))),
-        _tag("p", f"{shown:.0%} of the rows are shown: the {LEVELS} most frequent values of each column"
+        page.tag("h2", f"{down} × {across}: {name} beside {learned}, {output.name}"),
+        page.tag("p", f"The interaction: a cell's log-odds less what its {down} and its {across} explain by "
+                 f"themselves. Over the cells, weighted by their rows, the correlation of {name} and {output.name} is ",
+                 page.tag("b", page.number(correlation, ".2f")), " for the interaction and "
+                 f"{page.number(of_all, '.2f')} for the whole log-odds{strength}."),
+        page.figures(*(heat(i, "interaction", m, (-reach, reach), "log-odds") for i, m in enumerate(joint)),
+                     page.figure(drawn, dots, "Cell by cell",
+                                 "On the line, the model has the interaction in full strength.")),
+        page.details("The probabilities themselves",
+                 page.figures(*(heat(i, "rate", m, (0.0, top), "mean probability") for i, m in enumerate(rates)))),
+        page.tag("p", f"{shown:.0%} of the rows are shown: the {LEVELS} most frequent values of each column"
              + ("." if truth else ", where log-odds come from counts of labels and carry their noise."), kind="note"),
     )  # fmt: skip
 
@@ -570,24 +543,24 @@ def _relation(x: NDArray[np.float64], y: NDArray[np.float64], weight: NDArray[np
 # What it is made of
 
 
-def _made_of(facts: _Facts) -> Html:
+def _made_of(facts: _Facts) -> page.Html:
     run, bundle = facts.run, facts.bundle
-    settings = [_details("The configuration it was trained with", _tag("pre", _settings(bundle.settings)))]
+    settings = [page.details("The configuration it was trained with", page.tag("pre", _settings(bundle.settings)))]
     if (now := run.model_dump(mode="json")) != bundle.settings:
-        settings.append(_details("The run file now, which differs", _tag("pre", _settings(now))))
+        settings.append(page.details("The run file now, which differs", page.tag("pre", _settings(now))))
     head = ["feature", "kind", "columns", "table rows", "unknown ids", "empty bags"]
-    return _tag(
+    return page.tag(
         "section",
-        _tag("h2", "What it is made of"),
-        _tag("h3", "Features"),
-        _table(head, list(_features(facts)), left=3),
-        _tag("p", f"Unknown: ids without a row of their own among {facts.sample.height:,} held-out rows, "
+        page.tag("h2", "What it is made of"),
+        page.tag("h3", "Features"),
+        page.table(head, list(_features(facts)), left=3),
+        page.tag("p", f"Unknown: ids without a row of their own among {facts.sample.height:,} held-out rows, "
              "whether new, rare or missing.", kind="note"),
-        _tag("h3", "Data"),
-        _table(["role", "partition", "rows", "set aside", "sha256 of the raw files"], _data(facts), left=2),
-        _tag("h3", "Versions"),
-        _tag("p", "This page was made with ", ", ".join(_versions()), "."),
-        _tag("h3", "Configuration"),
+        page.tag("h3", "Data"),
+        page.table(["role", "partition", "rows", "set aside", "sha256 of the raw files"], _data(facts), left=2),
+        page.tag("h3", "Versions"),
+        page.tag("p", "This page was made with ", ", ".join(_versions()), "."),
+        page.tag("h3", "Configuration"),
         *settings,
     )  # fmt: skip
 
@@ -615,12 +588,12 @@ def _data(facts: _Facts) -> list[list[str]]:
             about = read_manifest(resolve(target, "examples")).about if is_published(target) else {}
             if about.get("pipeline") in facts.bundle.features.accepts:
                 aside = f"{sum(about['bad'].values()):,}"
-                found.append([role, partition, f"{about['rows']:,}", aside, _tag("code", about["raw"]["sha256"])])
+                found.append([role, partition, f"{about['rows']:,}", aside, page.tag("code", about["raw"]["sha256"])])
             else:
                 found.append([role, partition, "", "", "its examples are gone, or were made again by other features"])
     for partition in facts.partitions:
         rows = f"{facts.scored.height:,}" if len(facts.partitions) == 1 else ""
-        found.append(["measured", partition, rows, "", _tag("code", run.source.fingerprint(partition)["sha256"])])
+        found.append(["measured", partition, rows, "", page.tag("code", run.source.fingerprint(partition)["sha256"])])
     return found
 
 
@@ -636,10 +609,6 @@ def _versions() -> Iterator[str]:
 def _settings(settings: Any) -> str:
     # A database's address may carry its password.
     return re.sub(r"//[^/@\s\"]*@", "//…@", dump_json(settings).decode())
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None or not math.isfinite(value) else format(value, f"z{form}")
 
 
 def _share(part: float, whole: float) -> str:

@@ -1,5 +1,6 @@
 """From fields to one logit per task: embeddings shared or apart, a shared bottom or gated experts, a tower per task."""
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self, assert_never
 
@@ -106,6 +107,11 @@ class Network(nn.Module):
             extra = [entropy_B.unsqueeze(1)] if self.entropy_weight else []
         logits = [tower(x) for tower, x in zip(self.towers, inputs, strict=True)]
         return torch.cat([*logits, *extra], dim=1)
+
+    def start_at(self, tower: int, probability: float) -> None:
+        """Let a tower's probability begin near a value, where 0.5 would be far off."""
+        last = [m for m in self.towers[tower].modules() if isinstance(m, nn.Linear)][-1]
+        nn.init.constant_(last.bias, math.log(probability / (1 - probability)))
 
     def penalty(self, logits_BL: Tensor) -> Tensor:
         """The weighted mean entropy of the tree gates; 0 without them. Scalar."""

@@ -1,9 +1,9 @@
 """NISE: non-clicks are unlabelled, not negative. RecSys 2024; equations 8 to 11."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from features.schema import Schema
@@ -19,6 +19,8 @@ class NISEConfig(FunnelConfig):
     name: Literal["nise"] = "nise"
     alpha: PositiveFloat = 1.0
     beta: PositiveFloat = 10.0
+    start: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Conversion probability before training. Entropy falls on both sides of 0.5: from there non-clicks go to 1."""
 
 
 class NISE(Funnel):
@@ -27,6 +29,7 @@ class NISE(Funnel):
     def __init__(self, config: NISEConfig, schema: Schema, table_device: torch.device) -> None:
         super().__init__(config.name, config, schema, table_device)
         self.config = config
+        self.network.start_at(1, config.start)
 
     def objective(self, logits_BL: Tensor, o_B: Tensor, r_B: Tensor) -> Tensor:
         click = mean_log_loss(logits_BL[:, 0], o_B)

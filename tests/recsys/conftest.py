@@ -1,6 +1,7 @@
 """Examples for the tests of this folder: schemas, frames, files and batches, all small and seeded."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,9 @@ class Examples:
     """Makes schemas, and examples that keep to them."""
 
     @staticmethod
-    def schema(tasks: int = 1, dense: int = 2) -> Schema:
-        """Tables of different sizes, one of a single row, two of bags."""
+    def schema(tasks: int = 1, dense: int = 2, *, funnel: bool = False, negative_rate: float = 1.0) -> Schema:
+        """Tables of different sizes, one of a single row, two of bags; of a funnel, the labels click and buy."""
+        labels = ("click", "buy") if funnel else ("click", "like", "buy")[:tasks]
         return Schema(
             keys=(),
             dense=tuple(Dense(name=f"number{n}") for n in range(dense)),
@@ -41,12 +43,14 @@ class Examples:
                 Sparse(name="genres", rows=12, multi=True),
                 Sparse(name="color", rows=5),
             ),
-            labels=("click", "like", "buy")[:tasks],
+            labels=labels,
+            funnel=labels if funnel else (),
+            negative_rate=negative_rate,
         )
 
     @staticmethod
     def frame(schema: Schema, rows: int, seed: int = 0, *, empty: float = 0.2) -> pl.DataFrame:
-        """Random examples; a share of `empty` bags holds nothing."""
+        """Random examples; a share of `empty` bags holds nothing, and nobody skips a step of the funnel."""
         rng = np.random.default_rng(seed)
         columns: dict[str, pl.Series] = {}
         for feature in schema.sparse:
@@ -60,6 +64,8 @@ class Examples:
             columns[number.name] = pl.Series(rng.normal(size=rows), dtype=pl.Float32)
         for label in schema.labels:
             columns[carried(label)] = pl.Series(rng.integers(0, 2, rows), dtype=pl.Int8)
+        for before, after in pairwise(map(carried, schema.funnel)):
+            columns[after] = columns[after] * columns[before]
         return pl.DataFrame(columns)
 
     @staticmethod
