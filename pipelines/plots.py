@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 # Model and truth are Okabe and Ito's blue and vermilion, which colour-blind eyes tell apart.
@@ -198,6 +198,9 @@ def propensity(name: str, quantity: str, deciles: pl.DataFrame) -> Plot:
         axes.plot(x, deciles["predicted"], color=MODEL, linewidth=1.5, marker="o", markersize=4.5,
                   label="predicted, all rows")  # fmt: skip
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("predicted click probability, mean of the tenth")
         axes.set_ylabel(short(quantity, 40))
         axes.set_ylim(bottom=0)

@@ -61,8 +61,8 @@ def report(run: Run, *, partition: str | None = None) -> Path:
     drawn: list[Plot] = []
     sections = [
         _heading(facts, _registered(run, registry.versions_of_run(run_id))),
-        *(_quality(facts, output, drawn) for output in questions(run, facts.bundle.outputs)),
         tasks_page.funnel(run, facts.bundle, facts.scored, drawn),
+        *(_quality(facts, output, drawn) for output in questions(run, facts.bundle.outputs)),
         tasks_page.experts(facts.bundle, facts.sample, drawn),
         _how_it_learned(facts, drawn),
         _slices(facts, drawn),
