@@ -65,6 +65,12 @@ CENSUS: dict[str, dict[str, Any]] = {
     "MMoE, 2 trees": {"experts": {**_EXPERTS, "gate": "tree", "k": 2, "entropy": 0.01}},
 }
 
+GATES: dict[str, dict[str, Any]] = {
+    "softmax": {"gate": "softmax"},
+    "top-2": {"gate": "top_k", "k": 2},
+    "2 trees": {"gate": "tree", "k": 2, "entropy": 0.01},
+}
+
 
 @dataclass(frozen=True)
 class Log:
@@ -170,10 +176,21 @@ def census_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
     test = _rows(run, fitted, ["split=test"], ())
     common = {"bench": "conversion", "data": "census", "features": fitted.version}
     plain = {"name": "multitask", "dim": run.model.model_dump()["dim"], "tower": {"kind": "mlp", "hidden": [16]}}
-    return [
+    jobs = [
         _job(f"census | {name}", run, fitted, {**plain, **model}, common, quick, lambda m: census_figures(m, test))
         for name, model in CENSUS.items()
     ]
+    wide = {
+        gate: _configured(run, {**plain, "experts": {**experts, "count": 16, "hidden": [256]}})
+        for gate, experts in GATES.items()
+    }
+
+    def times(seed: int) -> Mapping[str, Any]:
+        return gate_times({gate: _train(r, fitted, seed, f"16 x 256, {gate}") for gate, r in wide.items()}, test)
+
+    config = {**common, "models": {g: r.model.model_dump() for g, r in wide.items()}, "quick": quick}
+    config["train"] = run.train.model_dump()
+    return [*jobs, records.Job("gates | 16 experts of 256", config, 1 if quick else SEEDS, times)]
 
 
 def _settings(folder: Path, days: Sequence[date], *, epochs: int) -> list[str]:
@@ -205,7 +222,6 @@ class Measured:
 
     model: Model
     schema: Schema
-    step_ms: float
 
     def scores(self, rows: pl.DataFrame) -> dict[str, np.ndarray[Any, Any]]:
         """Probabilities of encoded rows by output."""
@@ -220,15 +236,20 @@ def _job(
     name: str, run: Run, fitted: FittedPipeline, model: Mapping[str, Any], common: Mapping[str, Any], quick: bool,
     figures: Any,
 ) -> records.Job:  # fmt: skip
-    base = run.model.model_dump()
-    tree = {"dim": base["dim"], "tower": base["tower"], **model}
-    configured = Run.model_validate({**run.model_dump(mode="json"), "model": tree})
+    configured = _configured(run, model)
     config = {**common, "model": configured.model.model_dump(), "train": configured.train.model_dump(), "quick": quick}
 
     def measure(seed: int) -> Mapping[str, Any]:
         return figures(_train(configured, fitted, seed, name))
 
     return records.Job(name, config, 1 if quick else SEEDS, measure)
+
+
+def _configured(run: Run, model: Mapping[str, Any]) -> Run:
+    """The run with another model of the same dimension, and the same tower unless it has its own."""
+    base = run.model.model_dump()
+    tree = {"dim": base["dim"], "tower": base["tower"], **model}
+    return Run.model_validate({**run.model_dump(mode="json"), "model": tree})
 
 
 def _train(run: Run, fitted: FittedPipeline, seed: int, name: str) -> Measured:
@@ -241,24 +262,7 @@ def _train(run: Run, fitted: FittedPipeline, seed: int, name: str) -> Measured:
         ticker = Ticker(f"{name} seed {seed}", interval_seconds=60)
         trained = trainer.train(run.model, schema, fit, valid, config, Path(scratch), on_step=ticker.on_step)
     model = load_model(run.model, schema, trained.weights, where=Path(name))
-    return Measured(model, schema, _step_ms(model, valid, config))
-
-
-def _step_ms(model: Model, stream: ExampleStream, config: trainer.TrainConfig) -> float:
-    """Median milliseconds of a dense step (forward, loss, backward) on prebuilt batches, tables without update."""
-    model.train()
-    batch = next(stream.epoch(0))
-    parameters = [p for n, p in model.named_parameters() if ".tables." not in n]
-    times: list[float] = []
-    for _ in range(30):
-        for parameter in parameters:
-            parameter.grad = None
-            parameter.requires_grad_(True)
-        begun = time.perf_counter()
-        model.loss(model(batch), batch.labels_BT).backward()
-        times.append(time.perf_counter() - begun)
-    model.eval()
-    return 1000 * float(np.median(times[5:]))
+    return Measured(model, schema)
 
 
 def _rows(run: Run, fitted: FittedPipeline, partitions: Sequence[str], keep: Sequence[str]) -> pl.DataFrame:
@@ -287,7 +291,6 @@ def funnel_figures(measured: Measured, test: pl.DataFrame) -> dict[str, float]:
         "ctcvr_ratio": calibration_ratio(conversion, both),
         "floor_entire_auc": roc_auc(potential, truth),
         "floor_clicked_auc": roc_auc(conversion[clicked], truth[clicked]),
-        "step_ms": measured.step_ms,
     }
 
 
@@ -305,27 +308,46 @@ def coat_figures(measured: Measured, chosen: pl.DataFrame, random: pl.DataFrame)
         "entire_ne": normalized_entropy(potential, at_random),
         "entire_ratio": calibration_ratio(potential, at_random),
         "ctcvr_auc": roc_auc(liked, scores["p_rated_and_liked"]),
-        "step_ms": measured.step_ms,
     }
 
 
 def census_figures(measured: Measured, test: pl.DataFrame) -> dict[str, float]:
     """AUC and log loss per task; experts that a row uses in some task."""
     scores = measured.scores(test)
-    found: dict[str, float] = {"step_ms": measured.step_ms}
+    found: dict[str, float] = {}
     for task in ("income", "never_married"):
         labels = test[carried(task)].to_numpy()
         found[f"{task}_auc"] = roc_auc(labels, scores[f"p_{task}"])
         found[f"{task}_log_loss"] = log_loss(labels, scores[f"p_{task}"])
+    return {**found, "active_experts": _active(measured, test)}
+
+
+def _active(measured: Measured, rows: pl.DataFrame) -> float:
+    """Experts that a row uses in some task, on average; 0 without experts."""
     model = measured.model
     assert isinstance(model, MultiTask)
-    batch = next(batches(to_columns(test, measured.schema, labels=False), test.height))
+    batch = next(batches(to_columns(rows, measured.schema, labels=False), rows.height))
     with torch.no_grad():
         weights_BTE = model.network.expert_weights(model.embed.separate(batch))
-    found["active_experts"] = (
-        float("nan") if weights_BTE is None else float(active_per_row(weights_BTE).double().mean())
-    )
-    return found
+    return 0.0 if weights_BTE is None else float(active_per_row(weights_BTE).double().mean())
+
+
+def gate_times(trained: Mapping[str, Measured], rows: pl.DataFrame, rounds: int = 30) -> dict[str, float]:
+    """Median ms of lookup, forward and backward without the tables' on one batch, the models in turn."""
+    batch = to_columns(rows, next(iter(trained.values())).schema, labels=True).batch(0, min(4096, rows.height))
+    times: dict[str, list[float]] = {name: [] for name in trained}
+    for measured in trained.values():
+        for parameter in measured.model.network.parameters():  # pyright: ignore[reportAttributeAccessIssue]
+            parameter.requires_grad_(True)
+    for turn in range(rounds + 3):
+        for name, measured in trained.items():
+            measured.model.zero_grad()
+            begun = time.perf_counter()
+            measured.model.loss(measured.model(batch), batch.labels_BT).backward()
+            if turn >= 3:
+                times[name].append(time.perf_counter() - begun)
+    found = {f"{name}_ms": 1000 * float(np.median(values)) for name, values in times.items()}
+    return found | {f"{name}_active": _active(measured, rows) for name, measured in trained.items()}
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -341,7 +363,6 @@ _CENSUS_COLUMNS = {
     "income AUC": ("income_auc", 4),
     "never married AUC": ("never_married_auc", 4),
     "active experts per row": ("active_experts", 2),
-    "step, ms": ("step_ms", 2),
 }
 
 
@@ -356,6 +377,7 @@ def tables(file: Path = RECORDS) -> str:
             "data",
         ),
         _table(file, [f"census | {m}" for m in CENSUS], _CENSUS_COLUMNS, "data"),
+        _gate_table(file),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -372,9 +394,26 @@ def _table(file: Path, names: Sequence[str], columns: Mapping[str, tuple[str, in
     return "\n".join(lines)
 
 
+def _gate_table(file: Path) -> str:
+    figures = [f"{gate}_{what}" for gate in GATES for what in ("ms", "active")]
+    rows = records.summary(file, ["gates | 16 experts of 256"], figures)
+    if not rows:
+        return ""
+    row = rows[0]
+    lines = [
+        "| 16 experts of 256, gate | active experts per row | step, ms | of softmax | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for gate in GATES:
+        ratio = row[f"{gate}_ms"] / row["softmax_ms"]
+        cells = (_cell(row, f"{gate}_active", 2), _cell(row, f"{gate}_ms", 1), f"{ratio:.2f}")
+        lines.append(f"| {gate} | {' | '.join(cells)} | {row['n']} |")
+    return "\n".join(lines)
+
+
 def _cell(row: Mapping[str, Any], figure: str, digits: int) -> str:
     mean, spread = row[figure], row[f"{figure}_sd"]
-    if np.isnan(mean):
+    if figure == "active_experts" and mean == 0:
         return ""
     return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if row["n"] > 1 else "")
 
