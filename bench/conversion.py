@@ -137,7 +137,7 @@ def synthetic_jobs(log: Log, work: Path, *, quick: bool) -> list[records.Job]:
     )
     days = [config.start + timedelta(days=n) for n in range(DAYS)]
     folder = work / f"taste{log.taste:g}-confounding{log.confounding:g}{'-quick' if quick else ''}"
-    run = load_config(Run, RUNS / "esmm.toml", _settings(folder, days, epochs=1 if quick else 2))
+    run = load_config(Run, RUNS / "esmm.toml", _settings(folder, days))
     generate_once(config, days, folder / "logs")
     fitted = prepare(run, say=lambda _: None)
     truth = ("would_convert", "click_probability", "conversion_probability", "click_and_conversion_probability")
@@ -193,14 +193,15 @@ def census_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
     return [*jobs, records.Job("gates | 16 experts of 256", config, 1 if quick else SEEDS, times)]
 
 
-def _settings(folder: Path, days: Sequence[date], *, epochs: int) -> list[str]:
+def _settings(folder: Path, days: Sequence[date]) -> list[str]:
     split = f'{{ train = "{days[0]}..{days[-3]}", valid = "{days[-2]}", test = "{days[-1]}" }}'
     return [
         f'output="{folder}"',
         f'data.path="{folder}/logs/day=*/*.parquet"',
         f"data.split={split}",
         "data.matures_after_days={}",
-        f"train.epochs={epochs}",
+        "train.epochs=1",
+        "train.batch_size=2048",
     ]
 
 

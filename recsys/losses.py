@@ -31,10 +31,11 @@ def mean_log_loss(logits_B: Tensor, labels_B: Tensor) -> Tensor:
 def log_loss_of_product(a_B: Tensor, b_B: Tensor, labels_B: Tensor) -> Tensor:
     """Mean log loss of σ(a)σ(b) against known labels, from the logits (ESMM, equation 3, second sum). Scalar.
 
-    1 - σ(a)σ(b) = (e^-a + e^-b + e^-(a+b)) σ(a)σ(b), so that nothing is lost where a probability is near 0 or 1.
+    1 - σ(a)σ(b) = (e^-a + e^-b + e^-(a+b)) σ(a)σ(b) loses nothing where the product is near 1; log1p where it is near 0.
     """
     both_B = functional.logsigmoid(a_B) + functional.logsigmoid(b_B)
-    neither_B = torch.logsumexp(torch.stack([-a_B, -b_B, -a_B - b_B]), dim=0) + both_B
+    large_B = torch.logsumexp(torch.stack([-a_B, -b_B, -a_B - b_B]), dim=0) + both_B
+    neither_B = torch.where(both_B < -1, torch.log1p(-both_B.clamp(max=-1).exp()), large_B)
     known_B = ~labels_B.isnan()
     y_B = labels_B.nan_to_num()
     return mean(-(y_B * both_B + (1 - y_B) * neither_B), known_B)

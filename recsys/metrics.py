@@ -275,7 +275,7 @@ def evaluate(
 def in_space(scored: pl.DataFrame, output: Output) -> pl.Series:
     """Which rows an output is measured on: its label is known, and the label it presupposes is 1."""
     known = scored[output.label].is_not_null()
-    return known if output.given is None else known & (scored[output.given] == 1).fill_null(False)
+    return known if output.given is None else known & (scored[output.given].cast(pl.Float64) == 1).fill_null(False)
 
 
 def headline(evaluation: pl.DataFrame, output: str, space: str | None = None) -> dict[str, float]:

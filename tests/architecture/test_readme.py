@@ -34,7 +34,14 @@ def quality() -> str:
     return table()
 
 
-@pytest.mark.parametrize("make", [tree, quality])
+def conversion() -> str:
+    """The tables of measured conversion models and gates."""
+    from bench.conversion import tables
+
+    return tables()
+
+
+@pytest.mark.parametrize("make", [tree, quality, conversion])
 def test_generated_part_is_up_to_date(make) -> None:
     text = README.read_text()
     found = re.search(rf"(<!-- {make.__name__} -->\n)(.*?)(\n<!-- end -->)", text, re.DOTALL)

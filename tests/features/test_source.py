@@ -452,6 +452,180 @@ def test_random_parts_of_a_source_are_its_rows(tmp_path: Path) -> None:
     assert sum(p["user"].n_unique() for p in parts) == 70
 
 
+# --- funnels ---------------------------------------------------------------------------------------------------------
+
+
+def reasons_of(found: Source) -> dict[int, str | None]:
+    return dict(checked(found).select("k", REASON).iter_rows())
+
+
+def test_a_step_that_was_skipped_makes_a_bad_row(tmp_path: Path) -> None:
+    path = csv(tmp_path, "k,click,cart,buy\n1,0,0,0\n2,1,0,0\n3,1,1,1\n4,0,1,1\n5,1,0,1\n6,0,0,1\n7,,1,1\n")
+    skipped = "label {} is 1 where {}, before it in data.funnel, is 0"
+    found = source(path, labels=["click", "cart", "buy"], funnel=["click", "cart", "buy"])
+    assert reasons_of(found) == {
+        **dict.fromkeys((1, 2, 3)),
+        4: skipped.format("cart", "click"),
+        5: skipped.format("buy", "cart"),
+        6: skipped.format("buy", "cart"),
+        7: "label click is null",
+    }
+    two = source(path, labels=["click", "cart", "buy"], funnel=["click", "buy"])  # cart is of no concern
+    assert [k for k, reason in reasons_of(two).items() if reason == skipped.format("buy", "click")] == [4, 6]
+    assert list(reasons_of(source(path, labels=["click", "cart", "buy"])).values()) == [None] * 6 + [
+        "label click is null"
+    ]
+
+
+def test_a_funnel_the_wrong_way_round_shows(tmp_path: Path) -> None:
+    path = csv(tmp_path, "k,click,buy\n1,0,0\n2,1,0\n3,1,0\n4,1,1\n")
+    found = reasons_of(source(path, labels=["click", "buy"], funnel=["buy", "click"]))
+    wrong = "label click is 1 where buy, before it in data.funnel, is 0"
+    assert found == {1: None, 2: wrong, 3: wrong, 4: None}
+
+
+def test_a_funnel_is_of_labels_and_not_of_their_columns(tmp_path: Path) -> None:
+    path = csv(tmp_path, "k,clicks,paid\n1,2,9.5\n2,0,0\n3,0,3\n")
+    labels = {"click": "clicks > 0", "buy": "paid > 0 AND clicks > 0", "paid_anyhow": "paid > 0"}
+    found = checked(source(path, labels=labels, funnel=["click", "buy"]))
+    assert found.select("@click", "@buy").rows() == [(1, 1), (0, 0), (0, 0)]
+    assert found[REASON].null_count() == 3
+    wrong = checked(source(path, labels=labels, funnel=["click", "paid_anyhow"]))
+    assert wrong[REASON].to_list()[2] == "label paid_anyhow is 1 where click, before it in data.funnel, is 0"
+
+
+# --- labels that mature ----------------------------------------------------------------------------------------------
+
+LATE: dict[str, Any] = {
+    "labels": ["click", "buy"],
+    "funnel": ["click", "buy"],
+    "matures_after_days": {"buy": 2},
+    "observed_until": "2026-03-04",
+    "split": {"train": "2026-03-01..2026-03-03", "valid": "2026-03-04"},
+}
+
+
+def late_rows(day: int) -> list[dict[str, Any]]:
+    """A buyer, two who did not buy, one of whom nothing is known yet, and nonsense."""
+    values = [(1, 1), (1, 0), (0, 0), (1, None), (1, 7)]
+    return [{"k": 10 * day + n, "click": click, "buy": buy} for n, (click, buy) in enumerate(values)]
+
+
+def test_labels_of_the_last_days_are_unknown_whatever_the_log_says(tmp_path: Path) -> None:
+    """Two days after its row a conversion counts: of a log until the 4th those of the 1st and 2nd are known."""
+    for day in range(1, 5):
+        folder = tmp_path / f"log/day=2026-03-0{day}"
+        folder.mkdir(parents=True)
+        pl.DataFrame(late_rows(day)).write_parquet(folder / "a.parquet")
+    found = source(tmp_path / "log/day=*/*.parquet", time="day", **LATE)
+    for day in range(1, 5):
+        partition = f"day=2026-03-0{day}"
+        rows = found.checked(partition).collect()
+        mature = day <= 2
+        assert found.data.immature(partition) == (() if mature else ("buy",))
+        assert rows["@click"].to_list() == [1, 1, 0, 1, 1]
+        assert rows["@buy"].to_list() == ([1, 0, 0, None, None] if mature else [None] * 5)
+        bad = ["label buy is null", "label buy is 7.0, not 0 or 1"] if mature else [None, None]
+        assert rows[REASON].to_list() == [None, None, None, *bad]
+    later = source(tmp_path / "log/day=*/*.parquet", time="day", **{**LATE, "observed_until": "2026-03-05"})
+    assert later.data.immature("day=2026-03-03") == ()
+    assert later.checked("day=2026-03-03").collect()["@buy"].null_count() == 2
+    assert later.data.immature("day=2026-03-04") == ("buy",)
+
+
+@pytest.mark.parametrize("name", ["date", "ISO text", "milliseconds", "timestamp in New York"])
+def test_a_label_matures_by_the_day_of_its_row_in_utc(name: str, tmp_path: Path) -> None:
+    """Rows of the 1st, the 2nd, the 1st and the 9th, and one without a day."""
+    values, dtype, settings = TIMES[name]
+    pl.DataFrame({"k": range(5), "click": 1, "buy": 1, "at": pl.Series([*values, None], dtype=dtype)}).write_parquet(
+        tmp_path / "log.parquet"
+    )
+    time = {"column": "at", **settings}
+    for until, known in (
+        ("2026-03-02", []),
+        ("2026-03-03", [0, 2]),
+        ("2026-03-04", [0, 1, 2]),
+        ("2026-03-10", [0, 1, 2]),
+        ("2026-03-11", [0, 1, 2, 3]),
+    ):
+        settings = {**LATE, "observed_until": until, "split": ALL}
+        rows = checked(source(tmp_path / "log.parquet", time=time, **settings))
+        assert [k for k, buy in rows.select("k", "@buy").iter_rows() if buy is not None] == known
+        assert rows["@click"].null_count() == 0
+        assert rows[REASON].null_count() == 5  # a row without a day is never known, and not bad for that
+
+
+def test_a_positive_that_came_early_does_not_count_before_its_time(tmp_path: Path) -> None:
+    """Else the positives of the last days would be known and the negatives not."""
+    path = csv(tmp_path, "k,click,buy,at\n1,1,1,2026-03-03\n2,1,0,2026-03-03\n3,0,1,2026-03-03\n4,0,1,2026-03-02\n")
+    rows = checked(source(path, time="at", **{**LATE, "split": ALL}))
+    assert rows["@buy"].to_list() == [None, None, None, 1]
+    skipped = "label buy is 1 where click, before it in data.funnel, is 0"
+    assert rows[REASON].to_list() == [None, None, None, skipped]  # not before it is known either
+
+
+def test_scoring_sees_every_row_whatever_is_known(tmp_path: Path) -> None:
+    path = csv(tmp_path, "k,click,buy,at\n1,1,1,2026-03-03\n2,1,0,2026-03-04\n")
+    assert raw(source(path, time="at", **{**LATE, "split": ALL})).columns == ["k", "click", "buy", "at"]
+    assert raw(source(path, time="at", **{**LATE, "split": ALL})).height == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"funnel": ["click", "bought"]}, r"funnel names 'bought', which is none of the labels \['click', 'buy'\]"),
+        ({"funnel": ["click"]}, r"funnel = \['click'\]: name two or more labels, in their order, each once"),
+        ({"funnel": ["click", "click"]}, "name two or more labels, in their order, each once"),
+        ({"matures_after_days": {"bought": 2}}, "matures_after_days names 'bought', which is none of the labels"),
+        ({"matures_after_days": {"buy": 0}}, "greater than 0"),
+        ({"time": None}, r"matures_after_days needs data\.time: a label is known that many days after its row"),
+        ({"observed_until": None}, r"matures_after_days needs data\.observed_until"),
+        ({"observed_until": "2026-03-01..2026-03-04"}, "observed_until = '2026-03-01..2026-03-04': write one day"),
+        ({"observed_until": "tomorrow"}, "'tomorrow' is not a day"),
+    ],
+)
+def test_funnels_and_maturity_that_cannot_be_meant(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        source("log.csv", **{**LATE, "time": "at", **change})
+
+
+def test_a_recipe_changes_with_what_decides_rows_and_labels_and_nothing_else() -> None:
+    settings: dict[str, Any] = {**LATE, "time": "at", "where": "k > 0"}
+
+    def recipe(day: int = 2, **change: Any) -> dict[str, Any]:
+        return source("log.csv", **{**settings, **change}).data.recipe(f"day=2026-03-0{day}")
+
+    for same in (
+        {"observed_until": "2026-03-09"},  # the 2nd was known already
+        {"max_bad_share": 0.5},
+        {"split": {"train": "2026-03-02", "valid": "2026-03-03"}},
+    ):
+        assert recipe(**same) == recipe()
+    assert source("elsewhere.csv", **settings).data.recipe("day=2026-03-02") == recipe()
+    for other in (
+        {"labels": {"click": "click", "buy": "buy > 1"}},
+        {"where": "k > 1"},
+        {"funnel": []},
+        {"key": ["k", "j"]},
+        {"time": "then"},
+        {"observed_until": "2026-03-03"},  # of the 2nd nothing is known then
+        {"matures_after_days": {"buy": 3}},
+        {"null_values": ["?"]},
+    ):
+        assert recipe(**other) != recipe()
+    assert recipe(day=3) != recipe(day=3, observed_until="2026-03-05")
+    random = {"split": ALL}
+    first, later = (
+        source("log.csv", **{**settings, **random, "observed_until": day}).data.recipe("split=train")
+        for day in ("2026-03-04", "2026-03-05")
+    )
+    assert first != later  # a part drawn at random has rows of every day
+    parts = (
+        source("log.csv", **{**settings, "split": {**ALL, "seed": seed}}).data.recipe("split=train") for seed in (0, 1)
+    )
+    assert next(parts) != next(parts)
+
+
 # --- readers ---------------------------------------------------------------------------------------------------------
 
 

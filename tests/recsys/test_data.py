@@ -129,12 +129,21 @@ GOOD = {"tags": [1, 2], "user": 1, "words": [3], "price": 1.0, "age": 1.0, "@cli
         ("user", None, "feature 'user': 1 ids are missing; prepare the examples again"),
         ("tags", [1, None], "feature 'tags': 1 ids are missing"),
         ("price", None, "column 'price': 1 values are missing"),
-        ("@like", None, "column '@like': 1 values are missing"),
     ],
 )
 def test_a_missing_value_is_refused(column: str, value: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         to_columns(table([GOOD, {**GOOD, column: value}]), BAGS, labels=True)
+
+
+def test_a_label_that_is_not_known_yet_is_nan() -> None:
+    frame = table([GOOD, {**GOOD, "@like": None}, {**GOOD, "@click": None, "@like": 0}])
+    labels_BT = to_columns(frame, BAGS, labels=True).batch(0, 3).labels_BT
+    np.testing.assert_array_equal(labels_BT, [[0, 1], [0, np.nan], [np.nan, 0]])
+    assert labels_BT.dtype == torch.float32
+    unknown = to_columns(frame.with_columns(pl.lit(None).alias("@like")), BAGS, labels=True).batch(0, 3).labels_BT
+    assert unknown[:, 1].isnan().all()
+    assert not to_columns(frame, BAGS, labels=False).batch(0, 3).labels_BT.numel()
 
 
 @pytest.mark.parametrize("column", ["user", "tags", "price", "@like"])
@@ -345,6 +354,145 @@ def test_a_stream_checks_ids_as_it_goes(tmp_path: Path) -> None:
     found = [b.sparse["row"].values().tolist() for b in lenient.epoch(0)]
     assert found == [[99_998, 99_999], [0, 0]]
     assert lenient.count.replaced == 2
+
+
+# --- down-sampling ---------------------------------------------------------------------------------------------------
+
+FUNNEL = Schema(
+    keys=(), dense=(), sparse=(Sparse(name="row", rows=100_000),), labels=("buy", "click"), funnel=("click", "buy")
+)
+
+
+def outcome(row: int) -> tuple[int | None, int | None]:
+    """Click and conversion of a row: a fifth clicked, of which a third bought; of some one is not known yet."""
+    if row % 10 == 7:
+        return None, None
+    click = int(row % 5 == 1)
+    return click, None if row % 20 == 3 else int(click and row % 3 == 0)
+
+
+def sampled(folder: Path, sizes: list[int], row_group: int, batch_size: int, rate: float, **settings: Any) -> Any:
+    """A stream over a funnel of so many rows, of whose non-clicks it keeps a share."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files: list[Path] = []
+    for n in range(len(sizes)):
+        rows = range(sum(sizes[:n]), sum(sizes[: n + 1]))
+        columns = {"row": list(rows), "@click": [outcome(r)[0] for r in rows], "@buy": [outcome(r)[1] for r in rows]}
+        files.append(folder / f"{n}.parquet")
+        schema = {"row": pl.Int32, "@click": pl.Int8, "@buy": pl.Int8}
+        pl.DataFrame(columns, schema=schema).write_parquet(files[-1], row_group_size=row_group)
+    contract = FUNNEL.model_copy(update={"negative_rate": rate})
+    return ExampleStream(tuple(files), contract, batch_size, **{"sampled": True, **settings})
+
+
+def kept(source: ExampleStream, epoch: int = 0, start: int = 0) -> list[list[int]]:
+    """The numbers of the rows of each batch, having checked that their labels came along."""
+    found: list[list[int]] = []
+    for batch in source.epoch(epoch, start=start):
+        assert len(batch) > 0
+        found.append(batch.sparse["row"].values().tolist())
+        truth = [tuple(np.nan if y is None else y for y in reversed(outcome(r))) for r in found[-1]]
+        np.testing.assert_array_equal(batch.labels_BT, truth)
+    return found
+
+
+def test_only_rows_without_a_click_are_left_out(tmp_path: Path) -> None:
+    """By the funnel's first label, whatever the order of labels; a click that is not known is no non-click."""
+    source = sampled(tmp_path, [700, 330], 100, 64, 0.25, shuffle=True, seed=2)
+    always = {r for r in range(1030) if outcome(r)[0] != 0}
+    assert source.rows() == 1030
+    for epoch in range(4):
+        rows = flat(kept(source, epoch))
+        assert len(rows) == len(set(rows))
+        assert always <= set(rows)
+        for group in [*range(0, 700, 100), *range(700, 1030, 100)]:
+            negatives = [r for r in range(group, min(group + 100, 700 if group < 700 else 1030)) if outcome(r)[0] == 0]
+            share = sum(r in negatives for r in rows)
+            assert abs(share - 0.25 * len(negatives)) < 1  # exactly, but for the rounding
+
+
+def test_the_rate_is_met_in_the_mean_and_by_every_row_alike(tmp_path: Path) -> None:
+    source, epochs = sampled(tmp_path, [50], 25, 64, 0.13), 400
+    counted = Counter(r for epoch in range(epochs) for r in flat(kept(source, epoch)))
+    negatives = [r for r in range(50) if outcome(r)[0] == 0]
+    per_epoch = sum(counted[r] for r in negatives) / epochs
+    assert len(negatives) == 35
+    assert per_epoch == pytest.approx(0.13 * len(negatives), abs=4 * np.sqrt(2 / 4 / epochs))
+    for r in negatives:
+        assert counted[r] / epochs == pytest.approx(0.13, abs=4.5 * np.sqrt(0.13 / epochs))
+
+
+def test_every_epoch_draws_others_and_repeats_the_same(tmp_path: Path) -> None:
+    draws = {
+        (seed, epoch): set(flat(kept(sampled(tmp_path, [600], 100, 50, 0.3, seed=seed), epoch)))
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    always = {r for r in range(600) if outcome(r)[0] != 0}
+    first = draws[0, 0] - always
+    for other in [draws[key] - always for key in draws if key != (0, 0)]:
+        assert len(first & other) / len(first) == pytest.approx(0.3, abs=0.12)
+    groups = [{r % 100 for r in first if r // 100 == g} for g in range(6)]
+    assert len({tuple(sorted(g)) for g in groups}) == 6  # every group by a draw of its own
+    again = sampled(tmp_path, [600], 100, 50, 0.3)
+    assert [kept(again), kept(again, 1)] == [kept(again), kept(again, 1)]
+    assert set(flat(kept(again))) == draws[0, 0]
+    mixed = sampled(tmp_path, [600], 100, 50, 0.3, shuffle=True)
+    assert set(flat(kept(mixed))) == draws[0, 0]  # in another order, the very same rows
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("sizes", "window"), [([100, 73], 2), ([100, 73], 1), ([230], 8)])
+@pytest.mark.parametrize("rate", [0.01, 0.4])
+def test_any_position_of_a_sampled_epoch_can_be_resumed(
+    sizes: list[int], window: int, shuffle: bool, rate: float, tmp_path: Path
+) -> None:
+    source = sampled(tmp_path, sizes, 16, 7, rate, shuffle=shuffle, window=window, seed=5)
+    lengths: set[int] = set()
+    for epoch in range(4):
+        whole = kept(source, epoch)
+        assert len(whole) == source.batches_per_epoch(epoch)
+        for start in range(len(whole) + 2):
+            assert kept(source, epoch, start) == whole[start:]
+        lengths.add(sum(map(len, whole)))
+    assert len(lengths) > 1  # or nothing of this would be at stake
+
+
+def test_ranks_share_the_sampled_rows(tmp_path: Path) -> None:
+    ranks = [
+        sampled(tmp_path, [157], 20, 7, 0.5, shuffle=True, window=3, seed=1, rank=rank, world=2) for rank in (0, 1)
+    ]
+    alone = sampled(tmp_path, [157], 20, 7, 0.5, shuffle=True, window=3, seed=1)
+    for epoch in (0, 1):
+        seen = [kept(rank, epoch) for rank in ranks]
+        assert len(seen[0]) == len(seen[1]) == ranks[0].batches_per_epoch(epoch)
+        assert not set(flat(seen[0])) & set(flat(seen[1]))
+        whole = set(flat(kept(alone, epoch)))
+        both = set(flat(seen[0])) | set(flat(seen[1]))
+        assert both <= whole
+        assert len(whole) - len(both) <= 3  # one row for each window of an odd number of them
+
+
+def test_without_sampling_every_row_is_there(tmp_path: Path) -> None:
+    everything = kept(sampled(tmp_path, [300], 50, 40, 1.0, shuffle=True))
+    assert sorted(flat(everything)) == list(range(300))
+    assert everything == kept(sampled(tmp_path, [300], 50, 40, 0.1, shuffle=True, sampled=False))
+
+
+def test_row_groups_of_one_kind_only(tmp_path: Path) -> None:
+    """All clicks, none, or nothing kept: no batch is empty, and what is announced comes."""
+    columns = {"row": list(range(40)), "@click": [1] * 10 + [0] * 20 + [None] * 10, "@buy": [0] * 30 + [None] * 10}
+    table = pl.DataFrame(columns, schema={"row": pl.Int32, "@click": pl.Int8, "@buy": pl.Int8})
+    table.write_parquet(tmp_path / "a.parquet", row_group_size=10)
+    contract = FUNNEL.model_copy(update={"negative_rate": 0.001})
+    for window in (1, 4):
+        source = ExampleStream((tmp_path / "a.parquet",), contract, 4, sampled=True, window=window)
+        for epoch in range(3):
+            found = [batch.sparse["row"].values().tolist() for batch in source.epoch(epoch)]
+            assert flat(found) == [*range(10), *range(30, 40)]
+            assert len(found) == source.batches_per_epoch(epoch)
+            assert min(map(len, found)) > 0
+            assert [len(b) for b in source.epoch(epoch, start=2)] == [len(b) for b in found[2:]]
 
 
 def test_row_groups_are_those_that_prepare_writes() -> None:

@@ -26,6 +26,7 @@ from recsys.metrics import (
     expected_calibration_error,
     grouped_auc,
     headline,
+    in_space,
     log_loss,
     normalized_entropy,
     roc_auc,
@@ -380,7 +381,7 @@ def test_evaluate_calls_each_metric_on_each_slice() -> None:
     table = scored()
     evaluation = evaluate(table, [CLICK, BUY], by=["device", "hour"], user="user")
     assert evaluation.columns == [
-        *("output", "slice", "value", "rows", "positives", "auc", "log_loss", "normalized_entropy"),
+        *("output", "space", "slice", "value", "rows", "positives", "auc", "log_loss", "normalized_entropy"),
         *("calibration_ratio", "ece", "user_auc"),
     ]
     assert evaluation.height == 2 * (1 + 3 + 24)
@@ -391,6 +392,7 @@ def test_evaluate_calls_each_metric_on_each_slice() -> None:
         row = evaluation.filter(output=output.name, slice=column, value=value).row(0, named=True)
         assert row == {
             "output": output.name,
+            "space": "all impressions",
             "slice": column,
             "value": value,
             "rows": part.height,
@@ -470,6 +472,84 @@ def test_user_auc_is_null_when_no_user_is_given() -> None:
     assert evaluation["user_auc"].null_count() == evaluation.height
     assert evaluation.schema["user_auc"] == pl.Float64
     assert "user_auc" not in headline(evaluation, "p_click")
+
+
+# Spaces
+
+GIVEN = Output(name="p_buy_given_click", label="buy", given="click")
+
+
+def funnelled() -> pl.DataFrame:
+    """As `scored`, of a funnel: who did not click did not buy; what would have followed a click is known too."""
+    table = scored()
+    would = np.random.default_rng(5).random(table.height) < 0.3
+    return table.with_columns(pl.Series("would_buy", would), p_buy_given_click=pl.lit(0.3) + 0.01 * pl.col("hour"))
+
+
+def test_a_conditional_probability_is_measured_where_its_condition_holds() -> None:
+    table = funnelled()
+    assert (CLICK.space, BUY.space, GIVEN.space) == ("all impressions", "all impressions", "rows with click")
+    evaluation = evaluate(table, [CLICK, GIVEN], by=["device"], user="user")
+    clicked = table.filter(pl.col("click") == 1).drop_nulls("buy")
+    assert 0 < clicked.height < table.filter(pl.col("click") == 1).height
+    alone = evaluate(clicked, [Output(name=GIVEN.name, label="buy")], by=["device"], user="user")
+    found = evaluation.filter(output=GIVEN.name)
+    assert found["space"].unique().to_list() == ["rows with click"]
+    assert_frame_equal(found.drop("space"), alone.drop("space"), check_row_order=False)
+    assert headline(evaluation, "p_click")["rows"] == table.height
+
+
+def test_rows_are_in_a_space_when_the_label_is_known_and_the_condition_holds() -> None:
+    table = pl.DataFrame({"o": [1, 1, 1, 0, 0, None, None], "r": [1, 0, None, 0, None, 1, None]})
+    given = Output(name="p", label="r", given="o")
+    alone = Output(name="p", label="r")
+    for dtype in (pl.Int8, pl.Float32, pl.Boolean):
+        typed = table.cast(dtype)
+        assert in_space(typed, given).to_list() == [True, True, False, False, False, False, False]
+        assert in_space(typed, alone).to_list() == [True, True, False, True, False, True, False]
+    assert not in_space(table.with_columns(o=pl.lit(None)), given).any()
+
+
+def test_an_output_may_be_measured_in_several_spaces() -> None:
+    table = funnelled()
+    everywhere = Output(name=GIVEN.name, label="would_buy")
+    evaluation = evaluate(table, [GIVEN, everywhere], by=["device"])
+    spaces = evaluation["space"].unique(maintain_order=True).to_list()
+    assert spaces == ["rows with click", "all impressions"]
+    first, whole = (headline(evaluation, GIVEN.name, space) for space in spaces)
+    assert headline(evaluation, GIVEN.name) == first
+    assert whole == headline(evaluate(table, [everywhere]), GIVEN.name)
+    assert whole["rows"] == table.height > first["rows"]
+    for space in spaces:
+        assert evaluation.filter(space=space, slice="device")["rows"].sum() == headline(
+            evaluation, GIVEN.name, space
+        )["rows"]  # fmt: skip
+    assert message(lambda: evaluate(table, [GIVEN, everywhere, GIVEN])) == (
+        "output 'p_buy_given_click' is given 2 times on rows with click; evaluate each label by itself"
+    )
+
+
+def test_a_condition_that_is_missing_is_named() -> None:
+    output = Output(name="p_click", label="buy", given="clik")
+    assert message(lambda: evaluate(scored(), [output])).startswith(
+        "the scored table has no column 'clik', needed for output 'p_click'; did you mean 'click'?"
+    )
+
+
+def test_probabilities_are_checked_outside_their_space_too() -> None:
+    table = funnelled().with_columns(
+        p_buy_given_click=pl.when(pl.col("click") == 1).then("p_buy_given_click").otherwise(2.0)
+    )
+    assert "outside [0, 1], the first is 2" in message(lambda: evaluate(table, [GIVEN]))
+
+
+def test_a_day_without_conversions_has_no_metrics_of_them() -> None:
+    table = funnelled().with_columns(buy=pl.lit(0, pl.Int8))
+    found = headline(evaluate(table, [GIVEN]), GIVEN.name)
+    assert (found["positives"], found["rows"]) == (0, table.filter(pl.col("click") == 1).height)
+    assert math.isnan(found["auc"])
+    nobody = headline(evaluate(table.with_columns(click=pl.lit(0)), [GIVEN]), GIVEN.name)
+    assert nobody["rows"] == 0
 
 
 # Slices
@@ -555,7 +635,7 @@ def test_outputs_are_given_once_each_and_at_all() -> None:
     )
     twice = [CLICK, Output(name="p_click", label="buy")]
     assert message(lambda: evaluate(scored(), twice)) == (
-        "output 'p_click' is given 2 times; evaluate each label by itself"
+        "output 'p_click' is given 2 times on all impressions; evaluate each label by itself"
     )
 
 
@@ -601,7 +681,7 @@ def test_columns_that_cannot_be_cut_by_are_refused() -> None:
 def test_headline_is_a_plain_dict_and_knows_its_outputs() -> None:
     evaluation = evaluate(scored(), [CLICK, BUY], by=["device"], user="user")
     numbers = headline(evaluation, "p_click")
-    assert list(numbers) == evaluation.columns[3:]
+    assert list(numbers) == evaluation.columns[4:]
     assert {type(number) for number in numbers.values()} == {float}
     assert message(lambda: headline(evaluation, "p_klick")) == (
         "the evaluation has no output 'p_klick'; did you mean 'p_click'? It has: p_click, p_buy"

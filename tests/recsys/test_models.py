@@ -658,7 +658,10 @@ def share_learned(config: ModelConfig, folder: Path, examples: Any, *, interacti
     return (base - found) / (base - floor)
 
 
-@pytest.mark.parametrize("name", [n for n in PER_LABEL if n != "lr"])
+NOT_HERE = {"lr", "multitask-separate", "multitask-towers", "mmoe"}  # the last three: with one label, as good as others
+
+
+@pytest.mark.parametrize("name", [n for n in PER_LABEL if n not in NOT_HERE])
 def test_a_planted_interaction_is_learned(name: str, tmp_path: Path, examples: Any) -> None:
     assert 0.9 < share_learned(MODELS[name], tmp_path, examples, interaction=True) < 1.02
 

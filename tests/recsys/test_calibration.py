@@ -1,0 +1,238 @@
+"""Calibration: each map against a reference, what it promises of any rows, and that bundles keep and apply it."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+from sklearn.isotonic import IsotonicRegression
+
+from base.errors import ArtefactError, DataError
+from base.storage import publish, resolve
+from features.pipeline import FeaturePipeline
+from features.transforms import Vocabulary
+from recsys.bundle import Bundle, golden_rows
+from recsys.calibration import Calibrator, Isotonic, Method, Platt, calibrated, fit_calibrator
+from recsys.data import to_columns
+from recsys.metrics import CLIP, calibration_ratio, expected_calibration_error, log_loss, roc_auc
+from recsys.models import build_model
+from recsys.models.esmm import ESMMConfig
+
+Array = NDArray[np.float64]
+METHODS: tuple[Method, ...] = ("platt", "isotonic")
+EVERY = pytest.mark.parametrize("method", METHODS)
+
+
+def logit(p: Array) -> Array:
+    return np.log(p) - np.log1p(-p)
+
+
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def distorted(rows: int, slope: float, intercept: float, seed: int = 0) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Labels, and probabilities whose log-odds must be turned by slope and intercept to be right."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=rows) * 1.5 - 1
+    y = rng.random(rows) < sigmoid(slope * x + intercept)
+    return y.astype(np.int8), sigmoid(x).astype(np.float32)
+
+
+# --- the maps --------------------------------------------------------------------------------------------------------
+
+
+def newton(y: Array, p: Array) -> tuple[float, float]:
+    """Slope and intercept of largest likelihood, by Newton's method in a few lines."""
+    x = np.stack([logit(p), np.ones(len(p))], axis=1)
+    w = np.zeros(2)
+    for _ in range(50):
+        q = sigmoid(x @ w)
+        w += np.linalg.solve(x.T @ (x * (q * (1 - q))[:, None]), x.T @ (y - q))
+    return float(w[0]), float(w[1])
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(1.0, 0.0), (0.5, -1.0), (1.7, 0.8)])
+def test_platt_is_the_likeliest_line_in_log_odds(slope: float, intercept: float) -> None:
+    y, p = distorted(40_000, slope, intercept)
+    found = fit_calibrator("platt", y, p, name="p_click")
+    assert isinstance(found, Platt)
+    assert (found.slope, found.intercept) == pytest.approx(newton(y.astype(float), p.astype(float)), rel=1e-3, abs=1e-3)
+    assert (found.slope, found.intercept) == pytest.approx((slope, intercept), abs=0.06)
+    expected = sigmoid(found.slope * logit(p.astype(float)) + found.intercept)
+    np.testing.assert_allclose(calibrated(found, p), expected, rtol=1e-5)
+
+
+def test_a_platt_map_is_its_formula_up_to_certainty() -> None:
+    p = np.array([0, 1e-9, CLIP, 0.2, 0.5, 1 - 1e-4, 1], np.float32)
+    found = calibrated(Platt(slope=0.5, intercept=-1.0), p)
+    odds = np.sqrt(p.astype(float)[3:6] / (1 - p.astype(float)[3:6])) / np.e
+    np.testing.assert_allclose(found[3:6], odds / (1 + odds), rtol=1e-5)
+    assert found[0] == found[1] == found[2]
+    assert 0 < found[0] < found[3] < found[6] < 1
+    np.testing.assert_allclose(calibrated(Platt(slope=1.0, intercept=0.0), p[2:6]), p[2:6], rtol=1e-6)
+
+
+def test_isotonic_is_scikit_learns_between_bounds() -> None:
+    y, p = distorted(3_000, 0.6, -0.5)
+    found = fit_calibrator("isotonic", y, p, name="p_click")
+    assert isinstance(found, Isotonic)
+    least = 1 / (len(y) + 2)
+    reference = IsotonicRegression(y_min=least, y_max=1 - least, out_of_bounds="clip").fit(p.astype(float), y)
+    asked = np.random.default_rng(1).random(500).astype(np.float32)
+    np.testing.assert_allclose(calibrated(found, asked), reference.predict(asked.astype(float)), atol=1e-6)
+    assert list(found.predicted) == sorted(found.predicted)
+
+
+def test_a_day_without_an_event_says_small_and_not_never() -> None:
+    p = np.linspace(0.1, 0.9, 98).astype(np.float32)
+    y = p > 0.5
+    found = fit_calibrator("isotonic", y, p, name="p_click")
+    np.testing.assert_allclose(calibrated(found, np.array([0, 0.1, 0.4, 0.6, 1], np.float32)), [0.01] * 3 + [0.99] * 2)
+
+
+@EVERY
+def test_calibrated_probabilities_are_calibrated(method: Method) -> None:
+    """Fitted on one day, asked on another: the same ranking, the right sum, a smaller error in every bin."""
+    y, p = distorted(60_000, 0.5, -1.0)
+    map_of_day = fit_calibrator(method, y, p, name="p_click")
+    y, p = distorted(60_000, 0.5, -1.0, seed=1)
+    q = calibrated(map_of_day, p)
+    assert abs(calibration_ratio(y, p) - 1) > 0.3
+    assert calibration_ratio(y, q) == pytest.approx(1, abs=0.03)
+    assert expected_calibration_error(y, q) < 0.1 * expected_calibration_error(y, p)
+    assert log_loss(y, q) < log_loss(y, p)
+    assert roc_auc(y, q) == pytest.approx(roc_auc(y, p), abs=1e-3)
+
+
+rows = st.lists(
+    st.tuples(st.integers(0, 1), st.floats(0, 1, width=32)), min_size=2, max_size=40
+).filter(lambda found: len({y for y, _ in found}) == 2)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(found=rows, asked=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=20))
+def test_an_isotonic_map_never_falls_nor_is_certain(found: list[tuple[int, float]], asked: list[float]) -> None:
+    y, p = (np.array(column) for column in zip(*found, strict=True))
+    made = fit_calibrator("isotonic", y, p, name="p_click")
+    q = calibrated(made, np.sort(np.array([0, *asked, 1], np.float32)))
+    least = 1 / (len(y) + 2)
+    assert q.dtype == np.float32
+    assert (np.diff(q) >= -1e-7).all()
+    assert q.min() >= np.float32(least) * (1 - 1e-6)
+    assert q.max() <= np.float32(1 - least) * (1 + 1e-6)
+
+
+@EVERY
+def test_one_probability_for_all_rows_becomes_their_rate(method: Method) -> None:
+    y = np.arange(100) < 26
+    p = np.full(100, 0.3, np.float32)
+    np.testing.assert_allclose(calibrated(fit_calibrator(method, y, p, name="p"), p), 0.26, atol=1e-3)
+
+
+@EVERY
+@pytest.mark.parametrize(("labels", "positives"), [([0, 0, 0], 0), ([1, 1], 2), ([], 0)])
+def test_rows_of_one_class_are_refused_with_the_outputs_name(method: Method, labels: list[int], positives: int) -> None:
+    with pytest.raises(DataError) as caught:
+        fit_calibrator(method, labels, [0.5] * len(labels), name="p_buy_given_click")
+    assert str(caught.value) == (
+        f"output 'p_buy_given_click' cannot be calibrated on {len(labels)} rows of which {positives} are positive: "
+        "set calibrate.partition to a day with both, or leave the output out of calibrate.outputs"
+    )
+
+
+@EVERY
+def test_a_map_survives_json_to_the_last_digit(method: Method) -> None:
+    made = fit_calibrator(method, *distorted(500, 0.7, 0.1), name="p_click")
+    adapter: TypeAdapter[Calibrator] = TypeAdapter(Calibrator)
+    assert adapter.validate_json(made.model_dump_json()) == made
+    with pytest.raises(ValidationError):
+        adapter.validate_python({"method": "beta", "slope": 1.0, "intercept": 0.0})
+
+
+# --- bundles ---------------------------------------------------------------------------------------------------------
+
+RAW = pl.DataFrame({"user": [f"u{n % 17}" for n in range(100)], "item": [n % 7 for n in range(100)]})
+MAPS: Mapping[str, Calibrator] = {
+    "p_click": Platt(slope=0.8, intercept=-0.7),
+    "p_buy_given_click": Isotonic(predicted=(0.2, 0.4, 0.7), observed=(0.05, 0.1, 0.6)),
+}
+
+
+def bundle(calibrators: Mapping[str, Calibrator]) -> Bundle:
+    """Of a funnel whose non-clicks were sampled; its golden rows are as it scores them."""
+    model = ESMMConfig(dim=4)
+    features = FeaturePipeline((Vocabulary(column="user"), Vocabulary(column="item"))).fit(RAW.lazy())
+    schema = features.schema([], ["click", "buy"], funnel=["click", "buy"], negative_rate=0.5)
+    torch.manual_seed(0)
+    network = build_model(model, schema)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    plain = Bundle(network.eval(), model, features, schema, {}, {}, RAW.head(0), calibrators)
+    return Bundle(network, model, features, schema, {}, {}, golden_rows(plain, RAW.head(9)), calibrators)
+
+
+def test_a_bundle_gives_calibrated_probabilities() -> None:
+    raw, mapped = (pl.concat(bundle(c).predict(RAW.lazy(), batch_size=32)) for c in ({}, MAPS))
+    assert raw.columns == mapped.columns == ["p_click", "p_buy_given_click", "p_click_and_buy"]
+    for name, made in MAPS.items():
+        np.testing.assert_array_equal(mapped[name], calibrated(made, raw[name].to_numpy()))
+        assert (mapped[name] - raw[name]).abs().max() > 0.1
+    assert mapped["p_click_and_buy"].equals(raw["p_click_and_buy"])  # which nobody asked to calibrate
+    assert mapped.schema.dtypes() == [pl.Float32] * 3
+
+
+def test_a_bundle_keeps_its_calibration(tmp_path: Path) -> None:
+    made = bundle(MAPS)
+    expected = pl.concat(made.predict(RAW.lazy()))
+    loaded = made.save(tmp_path / "bundle")
+    assert loaded.calibrators == MAPS
+    assert pl.concat(loaded.predict(RAW.lazy())).equals(expected)
+    np.testing.assert_allclose(made.golden["@p_click"], expected["p_click"].head(9), atol=1e-6)
+    loaded.check_golden()
+    other = bundle(MAPS | {"p_click": Platt(slope=0.8, intercept=-0.71)}).save(tmp_path / "other")
+    assert other.version != loaded.version
+    assert bundle({}).save(tmp_path / "none").calibrators == {}
+
+
+def test_golden_rows_guard_the_calibration(tmp_path: Path) -> None:
+    made = bundle(MAPS)
+    for changed in ({}, MAPS | {"p_click": Platt(slope=0.8, intercept=-0.71)}):
+        with pytest.raises(ArtefactError, match="p_click of its golden rows differs by"):
+            replace(made, calibrators=changed).check_golden()
+
+
+def test_a_calibration_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    features = bundle(MAPS).save(tmp_path / "bundle").features
+    folder = resolve(tmp_path / "bundle")
+    text = (folder / "calibration.json").read_text()
+    for n, wrong in enumerate(("{", text.replace("platt", "plat"), text.replace('"slope"', '"slop"'))):
+        assert wrong != text
+        target = tmp_path / f"wrong-{n}"
+        with publish(target, "bundle") as staging:
+            for file in folder.rglob("*"):
+                if file.is_file() and file.name != "manifest.json":
+                    shutil.copy(file, staging / str(file.relative_to(folder)))
+            (staging / "calibration.json").write_text(wrong)
+            staging.about["features"] = features.version
+        with pytest.raises(ArtefactError, match=r"calibration\.json: cannot be read"):
+            Bundle.load(target)
+
+
+def test_the_map_is_of_the_corrected_probability() -> None:
+    """Down-sampling is undone first: a calibrator sees what it was fitted on."""
+    made = bundle(MAPS)
+    columns = to_columns(made.features.transform(RAW.lazy()).collect(), made.schema, labels=False)
+    with torch.no_grad():
+        p_BO = made.model.probabilities(made.model(columns.batch(0, 100))).numpy()
+    found = pl.concat(made.predict(RAW.lazy()))
+    np.testing.assert_allclose(found["p_click"], calibrated(MAPS["p_click"], p_BO[:, 0]), rtol=1e-6)
