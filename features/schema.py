@@ -60,6 +60,11 @@ class Schema(Config):
     """Share of the rows without the first label that training keeps; probabilities are corrected for it."""
 
     @property
+    def sampled_label(self) -> str:
+        """The label whose negatives are down-sampled: the first of the funnel."""
+        return (self.funnel or self.labels)[0]
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """Names of the F fields in the order in which models see them: sparse, then dense."""
         return tuple(f.name for f in (*self.sparse, *self.dense))

@@ -1,9 +1,9 @@
 """A run file: everything that one model, from log to scores, is decided by."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from base.config import Config
 from base.errors import ConfigError
@@ -19,6 +19,23 @@ from recsys.models.funnel import FunnelConfig, require_funnel
 from recsys.trainer import TrainConfig
 
 
+class EntireSpace(Config):
+    """What is known of an output on all impressions, beyond the rows that it speaks of."""
+
+    label: str
+    """A raw 0/1 column: what would have followed a click, as synthetic logs know, or what users said of items shown at
+    random. Rows where it is null do not count."""
+    truth: str | None = None
+    """A raw column with its known probability."""
+
+
+def _by_label(value: Any) -> Any:
+    """`entire_space = { p_x = "column" }` for `{ p_x = { label = "column" } }`."""
+    return (
+        {k: {"label": v} if isinstance(v, str) else v for k, v in value.items()} if isinstance(value, dict) else value
+    )
+
+
 class Evaluation(Config):
     """What else to measure than the whole."""
 
@@ -28,9 +45,8 @@ class Evaluation(Config):
     """Raw column of the user: AUC within users as well."""
     truth: dict[str, str] = {}
     """By output, a raw column with its known probability, as synthetic logs have: the noise floor of every metric."""
-    entire_space: dict[str, str] = {}
-    """By output that presupposes a label, a raw 0/1 column that holds its own label on all impressions: what would
-    have followed a click, as synthetic logs know, or what users said of items shown at random."""
+    entire_space: Annotated[dict[str, EntireSpace], BeforeValidator(_by_label)] = {}
+    """By output that presupposes a label: what is known of it on all impressions."""
     pairs: tuple[tuple[str, str], ...] = ()
     """Pairs of raw columns whose joint effect the report draws, observed beside predicted."""
 
@@ -38,7 +54,8 @@ class Evaluation(Config):
     def columns(self) -> tuple[str, ...]:
         """All raw columns that it needs, derived ones included."""
         user = () if self.user is None else (self.user,)
-        known = (*self.truth.values(), *self.entire_space.values())
+        entire = [c for e in self.entire_space.values() for c in (e.label, e.truth) if c is not None]
+        known = (*self.truth.values(), *entire)
         return (*self.slices, *user, *known, *(column for pair in self.pairs for column in pair))
 
 

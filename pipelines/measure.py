@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import polars as pl
 
 from base.errors import ConfigError, DataError, did_you_mean
-from features.schema import Output, carried
+from features.schema import Output, Schema, Sparse, carried
 from features.source import REASON
 from pipelines.config import Run
 from recsys import metrics
 from recsys.bundle import Bundle
+from recsys.models import build_model
 from serving.score import score
 
 
@@ -39,21 +40,48 @@ def scored_table(run: Run, bundle: Bundle, partitions: Sequence[str]) -> pl.Data
 
 
 def measure(run: Run, outputs: Sequence[Output], scored: pl.DataFrame) -> pl.DataFrame:
-    """The metrics of every question and, where the truth is known, of the truth itself: the noise floor.
-
-    Raises ConfigError on a setting of [evaluate] for an output that the model does not give.
-    """
-    names = [o.name for o in outputs]
-    for setting in ("truth", "entire_space"):
-        if unknown := [n for n in getattr(run.evaluate, setting) if n not in names]:
-            hint = did_you_mean(unknown[0], names, f"; the outputs are {', '.join(names)}")
-            raise ConfigError(f"evaluate.{setting}: {unknown[0]!r} is no output of {run.model.name}{hint}")
-    asked = questions(run, outputs)
-    truth = [o.model_copy(update={"name": c}) for o in asked if (c := run.evaluate.truth.get(o.name))]
-    return metrics.evaluate(scored, [*asked, *truth], by=run.evaluate.slices, user=run.evaluate.user)
+    """The metrics of every question and, where the truth is known, of the truth itself: the noise floor."""
+    truth = [o.model_copy(update={"name": c}) for o in questions(run, outputs) if (c := truth_of(run, o))]
+    asked = [*questions(run, outputs), *truth]
+    return metrics.evaluate(scored, asked, by=run.evaluate.slices, user=run.evaluate.user)
 
 
 def questions(run: Run, outputs: Sequence[Output]) -> list[Output]:
     """Every output in its own space, then those whose label is known on all impressions in the entire space."""
     known = run.evaluate.entire_space
-    return [*outputs, *(Output(name=o.name, label=known[o.name]) for o in outputs if o.name in known)]
+    return [*outputs, *(Output(name=o.name, label=known[o.name].label) for o in outputs if o.name in known)]
+
+
+def truth_of(run: Run, question: Output) -> str | None:
+    """The column of a question's known probability."""
+    entire = run.evaluate.entire_space.get(question.name)
+    if entire is not None and question.given is None:
+        return entire.truth
+    return run.evaluate.truth.get(question.name)
+
+
+def check_outputs(run: Run) -> None:
+    """Raises ConfigError where a setting names an output that the model will not give, before hours of training."""
+    probe = Schema(keys=(), dense=(), sparse=(Sparse(name="any", rows=1),), labels=run.labels, funnel=run.data.funnel)
+    outputs = {o.name: o for o in build_model(run.model, probe, table_device="meta").outputs}
+    named = {
+        "evaluate.truth": run.evaluate.truth,
+        "evaluate.entire_space": run.evaluate.entire_space,
+        "calibrate.outputs": (run.calibrate and run.calibrate.outputs) or (),
+    }
+    for setting, names in named.items():
+        if unknown := [n for n in names if n not in outputs]:
+            hint = did_you_mean(unknown[0], list(outputs), f"; the outputs are {', '.join(outputs)}")
+            raise ConfigError(f"{setting}: {unknown[0]!r} is no output of {run.model.name}{hint}")
+    partition = run.calibrate and run.calibrate.partition
+    for role in ("train", "test"):
+        if partition in run.source.partitions(role):
+            raise ConfigError(
+                f"calibrate.partition = {partition!r} is a {role} partition: calibrate on rows that are "
+                "neither trained on nor tested on, such as the validation day"
+            )
+    if plain := [n for n in run.evaluate.entire_space if outputs[n].given is None]:
+        raise ConfigError(
+            f"evaluate.entire_space: {plain[0]!r} speaks of all impressions already; name an output that presupposes a "
+            "label, or leave it out"
+        )

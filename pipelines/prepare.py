@@ -14,6 +14,7 @@ from features.pipeline import FittedPipeline
 from features.schema import carried
 from features.source import REASON
 from pipelines.config import Run
+from pipelines.measure import check_outputs
 
 ROW_GROUP = 2**17
 
@@ -24,6 +25,7 @@ def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = p
     Partitions that are there already, made by the same features from the same files, are left alone.
     Raises DataError if a partition is empty, holds too many bad rows, or a column is missing or of a wrong type.
     """
+    check_outputs(run)
     source = run.source
     training = source.partitions("train")
     with explained(f"{run.data.path}, {training[0]}"):
@@ -68,7 +70,13 @@ def examples_of(run: Run, partitions: list[str], fitted: FittedPipeline) -> list
     files: list[Path] = []
     for partition in partitions:
         folder = resolve(run.examples_path(partition), "examples")
-        version = verify(folder).about["pipeline"]
+        about = verify(folder).about
+        version = about["pipeline"]
+        if about.get("log") != _log_of(run, partition):
+            raise DataError(
+                f"{run.examples_path(partition)}: made with other [data], [[tables]] or [derive] settings, so its "
+                "rows or labels may differ; run `recsys prepare --overwrite`"
+            )
         if version not in fitted.accepts:
             raise DataError(
                 f"{run.examples_path(partition)}: made by features {version}, the fitted ones are {fitted.version}; "
@@ -83,7 +91,7 @@ def _fit(
 ) -> FittedPipeline:
     target = run.features_path
     about: dict[str, Any] = {
-        "fitted_on": {p: {"sha256": identity[p], "log": _log_of(run, p)} for p in training},
+        "fitted_on": {p: {"sha256": identity[p], "log": _log_of(run, p, labels=False)} for p in training},
     }
     if folder := _whole(target, "features", overwrite=overwrite):
         stored = FittedPipeline.load(folder)
@@ -104,10 +112,11 @@ def _good(run: Run, partition: str) -> pl.LazyFrame:
     return run.source.checked(partition).filter(pl.col(REASON).is_null())
 
 
-def _log_of(run: Run, partition: str) -> str:
-    """Hash of the settings, beside the files, that decide a partition's rows and labels."""
+def _log_of(run: Run, partition: str, *, labels: bool = True) -> str:
+    """Hash of the settings, beside the files, that decide a partition's rows and, unless told not to, its labels."""
+    recipe = run.data.recipe(partition)
     settings = {
-        "data": run.data.recipe(partition),
+        "data": recipe if labels else {k: v for k, v in recipe.items() if k != "immature"},
         "tables": [table.model_dump(mode="json", exclude={"path"}) for table in run.tables],
         "derive": run.derive,
     }

@@ -3,12 +3,12 @@
 import mlflow
 
 from pipelines.config import Run
-from pipelines.measure import held_out, measure, scored_table
+from pipelines.measure import held_out, scored_table
 from pipelines.tracking import registry_of
 from recsys.bundle import Bundle
 from recsys.device import pick_device
 from recsys.gate import Verdict, judge
-from recsys.metrics import headline
+from recsys.metrics import evaluate, headline
 from recsys.registry import CHALLENGER
 
 
@@ -25,9 +25,12 @@ def promote(run: Run, *, version: str | None = None, partition: str | None = Non
     partitions = held_out(run, partition)
 
     def measured(bundle: Bundle) -> dict[str, dict[str, float]]:
+        # What only the champion gives cannot be measured by the candidate's labels; the gate names it by its absence.
+        outputs = [o for o in bundle.outputs if {o.label, o.given or o.label} <= set(run.labels)]
         scored = scored_table(run, bundle.to(pick_device(run.device)), partitions)
-        table = measure(run, bundle.outputs, scored)
-        return {o.name: headline(table, o.name) for o in bundle.outputs}
+        table = evaluate(scored, outputs)
+        unmeasured: dict[str, dict[str, float]] = {o.name: {} for o in bundle.outputs if o not in outputs}
+        return {o.name: headline(table, o.name) for o in outputs} | unmeasured
 
     found = measured(registry.bundle_of(candidate))
     reference = measured(registry.bundle_of(champion)) if champion else None

@@ -26,7 +26,7 @@ from features.transforms import UNKNOWN
 from pipelines import page, plots, tasks_page
 from pipelines.config import Run
 from pipelines.evaluate import evaluation_of
-from pipelines.measure import held_out, questions
+from pipelines.measure import held_out, questions, truth_of
 from pipelines.plots import Plot
 from pipelines.tracking import registry_of
 from recsys import metrics
@@ -101,7 +101,7 @@ class _Facts:
 
     def truth_of(self, output: Output) -> str | None:
         """The column of the output's known probability."""
-        return self.run.evaluate.truth.get(output.name)
+        return truth_of(self.run, output)
 
 
 def _gather(run: Run, partition: str | None) -> _Facts:
@@ -249,6 +249,9 @@ def _quality(facts: _Facts, output: Output, drawn: list[Plot]) -> page.Html:
 
 def _reading(output: Output, found: dict[str, float], floor: dict[str, float] | None) -> Iterator[str]:
     """The numbers in words."""
+    if not found["rows"]:
+        yield f"Nothing can be measured on {output.space}: {output.label} is not known there yet, or there are none."
+        return
     auc, ne, ratio, ece = (found[m] for m in ("auc", "normalized_entropy", "calibration_ratio", "ece"))
     if not math.isfinite(auc) or not math.isfinite(ne):
         yield f"The rows hold only one value of {output.label}, so that there is nothing to rank."

@@ -7,6 +7,7 @@ import torch
 from features.schema import Output
 from pipelines import page, plots
 from pipelines.config import Run
+from pipelines.measure import questions, truth_of
 from pipelines.page import Html
 from pipelines.plots import Plot
 from recsys.bundle import Bundle
@@ -26,19 +27,19 @@ def funnel(run: Run, bundle: Bundle, scored: pl.DataFrame, drawn: list[Plot]) ->
     if not isinstance(bundle.model, Funnel):
         return Html()
     click, given, _ = bundle.outputs
-    known = run.evaluate.entire_space.get(given.name)
-    stages = [*bundle.outputs, *([Output(name=given.name, label=known)] if known else [])]
+    stages = questions(run, bundle.outputs)
     rows: list[list[str]] = []
     for stage in stages:
         inside = scored.filter(in_space(scored, stage))
         predicted, observed = _mean(inside, stage.name), _mean(inside, stage.label)
         ratio = predicted / observed if observed else float("nan")
-        truth = run.evaluate.truth.get(stage.name)
+        truth = truth_of(run, stage)
         shares = [predicted, observed, *([] if not run.evaluate.truth else [_mean(inside, truth)])]
         rows.append([stage.name, stage.space, f"{inside.height:,}", *(page.number(s, ".3%") for s in shares),
                      page.number(ratio, ".3f")])  # fmt: skip
     head = ["probability", "on", "rows", "predicted", "observed", *(["known truth"] if run.evaluate.truth else [])]
-    deciles = by_propensity(scored, click, given, run.evaluate.truth.get(given.name) or known)
+    known = [truth_of(run, stage) or stage.label for stage in stages if (stage.name, stage.given) == (given.name, None)]
+    deciles = by_propensity(scored, click, given, known[0] if known else None)
     drawing = plots.propensity("funnel-by-propensity", given.name, deciles)
     return page.tag(
         "section",

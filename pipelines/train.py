@@ -12,12 +12,12 @@ from mlflow.data.http_dataset_source import HTTPDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 
 import serving.pyfunc as served
-from base.errors import ConfigError, DataError, did_you_mean
+from base.errors import DataError
 from base.storage import dump_json, read_manifest, resolve
 from features.pipeline import FittedPipeline
 from features.source import REASON
 from pipelines.config import Run
-from pipelines.measure import scored_table
+from pipelines.measure import check_outputs, scored_table
 from pipelines.prepare import examples_of
 from pipelines.tracking import registry_of
 from recsys import trainer
@@ -38,6 +38,7 @@ def train(
 
     Raises ArtefactError or DataError if nothing suitable is prepared, RegistryError if MLflow does not answer.
     """
+    check_outputs(run)
     registry = registry_of(run)  # first: hours of training should not end in a refused connection
     fitted = FittedPipeline.load(resolve(run.features_path, "features", made_by="`recsys prepare`"))
     if fitted.recipe != run.pipeline:
@@ -106,18 +107,8 @@ def _calibrators(run: Run, bundle: Bundle) -> dict[str, Calibrator]:
     """One for each output asked for, from rows that the model has not been trained on."""
     if run.calibrate is None:
         return {}
-    names = [o.name for o in bundle.outputs]
-    wanted = run.calibrate.outputs or names
-    if unknown := [n for n in wanted if n not in names]:
-        hint = did_you_mean(unknown[0], names, f"; the outputs are {', '.join(names)}")
-        raise ConfigError(f"calibrate.outputs: {unknown[0]!r} is no output of {run.model.name}{hint}")
+    wanted = run.calibrate.outputs or [o.name for o in bundle.outputs]
     partition = run.calibrate.partition
-    for role in ("train", "test"):
-        if partition in run.source.partitions(role):
-            raise ConfigError(
-                f"calibrate.partition = {partition!r} is a {role} partition: calibrate on rows that are "
-                "neither trained on nor tested on, such as the validation day"
-            )
     scored = scored_table(run, bundle, [partition] if partition else run.source.partitions("valid"))
     fitted: dict[str, Calibrator] = {}
     for output in bundle.outputs:

@@ -26,6 +26,7 @@ KIND = "bundle"
 _MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 _CALIBRATORS: TypeAdapter[dict[str, Calibrator]] = TypeAdapter(dict[str, Calibrator])
 _ROWS = "golden.parquet"
+_CALIBRATION = "calibration.json"
 _GOLDEN_TOLERANCE = 1e-6
 
 
@@ -120,8 +121,9 @@ class Bundle:
             "model": self.model_config.model_dump(mode="json"),
             "settings": self.settings,
             "metrics": self.metrics,
-            "calibration": {name: c.model_dump(mode="json") for name, c in self.calibrators.items()},
         }
+        if self.calibrators:
+            about["calibration"] = {name: c.model_dump(mode="json") for name, c in self.calibrators.items()}
         for name, value in about.items():
             (staging / f"{name}.json").write_bytes(dump_json(value))
         self.golden.write_parquet(staging / _ROWS)
@@ -155,7 +157,7 @@ class Bundle:
             settings=_json(folder / "settings.json"),
             metrics=_json(folder / "metrics.json"),
             golden=_table(folder / _ROWS),
-            calibrators=_json(folder / "calibration.json", _CALIBRATORS.validate_python),
+            calibrators=_calibrators(folder) if _CALIBRATION in manifest.files else {},
             version=manifest.version,
         )
 
@@ -173,6 +175,10 @@ def load_model(config: ModelConfig, schema: Schema, weights: Mapping[str, Tensor
             )
     model.load_state_dict(dict(weights), strict=True, assign=True)
     return model.eval()
+
+
+def _calibrators(folder: Path) -> dict[str, Calibrator]:
+    return _json(folder / _CALIBRATION, _CALIBRATORS.validate_python)
 
 
 def golden_rows(bundle: Bundle, raw: pl.DataFrame) -> pl.DataFrame:

@@ -12,9 +12,11 @@ from base.config import Config
 from base.errors import DataError
 from recsys.metrics import CLIP
 
-# Shape suffixes: N = rows, K = knots.
+# Shape suffixes: N = rows, K = blocks.
 
 Method = Literal["platt", "isotonic"]
+
+_AGREEING = 10
 
 
 class Platt(Config):
@@ -26,11 +28,11 @@ class Platt(Config):
 
 
 class Isotonic(Config):
-    """Piecewise linear between knots, flat outside. Zadrozny and Elkan 2002; any monotone shape, for many positives."""
+    """Linear between knots, from (0, 0) to (1, 1), strictly increasing: ranks stay. Zadrozny and Elkan, KDD 2002."""
 
     method: Literal["isotonic"] = "isotonic"
     predicted: tuple[float, ...]
-    """Ascending."""
+    """Ascending: the mean prediction of each block of the isotonic regression."""
     observed: tuple[float, ...]
 
 
@@ -51,14 +53,25 @@ def fit_calibrator(method: Method, labels_N: ArrayLike, probabilities_N: ArrayLi
             fitted = LogisticRegression(C=np.inf, max_iter=1000).fit(_logit(p_N)[:, None], y_N)
             return Platt(slope=float(fitted.coef_[0, 0]), intercept=float(fitted.intercept_[0]))
         case "isotonic":
-            # A day without an event of probability p says p is small, not that it is 0.
-            least = 1 / (y_N.size + 2)
-            regression = IsotonicRegression(y_min=least, y_max=1 - least, out_of_bounds="clip").fit(p_N, y_N)
-            return Isotonic(
-                predicted=tuple(regression.X_thresholds_.tolist()), observed=tuple(regression.y_thresholds_.tolist())
-            )
+            return _isotonic(y_N, p_N)
         case _:
             assert_never(method)
+
+
+def _isotonic(y_N: NDArray[np.float64], p_N: NDArray[np.float64]) -> Isotonic:
+    """Knots at the blocks' centres; a block's rate is taken together with _AGREEING rows that agree with the model.
+
+    A block may be a single row, whose rate of 0 or 1 is no probability to promise.
+    """
+    fitted_N = IsotonicRegression().fit_transform(p_N, y_N)
+    _, block_N = np.unique(fitted_N, return_inverse=True)
+    rows_K = np.bincount(block_N)
+    centre_K = np.bincount(block_N, weights=p_N) / rows_K
+    rate_K = (np.bincount(block_N, weights=y_N) + _AGREEING * centre_K) / (rows_K + _AGREEING)
+    rate_K = IsotonicRegression().fit_transform(centre_K, rate_K, sample_weight=rows_K + _AGREEING)
+    kept_K = np.append(True, np.diff(rate_K) > 0) & (centre_K > 0) & (centre_K < 1)
+    knots = np.clip(rate_K[kept_K], CLIP, 1 - CLIP)
+    return Isotonic(predicted=(0.0, *centre_K[kept_K].tolist(), 1.0), observed=(0.0, *knots.tolist(), 1.0))
 
 
 def calibrated(calibrator: Calibrator, probabilities_N: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -218,7 +218,7 @@ class ExampleStream:
         """Column of the label whose negatives are thinned out, if any."""
         if not self.sampled or self.schema.negative_rate == 1:
             return None
-        return carried((self.schema.funnel or self.schema.labels)[0])
+        return carried(self.schema.sampled_label)
 
     @cached_property
     def _negatives(self) -> dict[tuple[Path, int], int]:

@@ -96,11 +96,15 @@ def shard(model: nn.Module, device: torch.device, adagrad: Mapping[str, float], 
     return Sharded(module, _tables(module), _dense(module), init_std)
 
 
-def reset_tables(sharded: Sharded, seed: int) -> None:
-    """Initialise every table from its name and `seed`: independent of sharding and of the other tables."""
+def reset_tables(sharded: Sharded, seed: int, accumulator: float = 0.0) -> None:
+    """Initialise every table from its name and `seed`: independent of sharding and of the other tables.
+
+    `accumulator` is what Adagrad's sum of squared gradients begins at.
+    """
     for name, table in sharded.tables.items():
         generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
         reset_table(table.weights_RD, sharded.init_std[name], generator)
+        table.state_R.fill_(accumulator)
 
 
 def _tables(module: DistributedModelParallel) -> dict[str, Table]:

@@ -33,11 +33,15 @@ def judge(candidate: Metrics, champion: Metrics | None, gates: Gates) -> Verdict
     refusals: list[str] = []
     passes: list[str] = []
     for output, found in candidate.items():
+        if not found or found.get("rows") == 0:
+            why = "their label is not known yet, or what it presupposes never happened"
+            refusals.append(f"{output}: there are no rows to measure ({why}); judge on another day")
+            continue
         checks = [(f"AUC {found['auc']:.5f} >= {gates.min_auc} required", found["auc"] >= gates.min_auc)]
         if not math.isfinite(found["log_loss"]):
             checks.append((f"log loss is {found['log_loss']}", False))
         reference = champion.get(output) if champion is not None else None
-        if reference is not None:
+        if reference:
             loss, increase = reference["auc"] - found["auc"], found["log_loss"] - reference["log_loss"]
             checks += [
                 (

@@ -31,7 +31,7 @@ def mean_log_loss(logits_B: Tensor, labels_B: Tensor) -> Tensor:
 def log_loss_of_product(a_B: Tensor, b_B: Tensor, labels_B: Tensor) -> Tensor:
     """Mean log loss of σ(a)σ(b) against known labels, from the logits (ESMM, equation 3, second sum). Scalar.
 
-    1 - σ(a)σ(b) = (e^-a + e^-b + e^-(a+b)) σ(a)σ(b) loses nothing where the product is near 1; log1p where it is near 0.
+    1 - σ(a)σ(b) = (e^-a + e^-b + e^-(a+b)) σ(a)σ(b) loses nothing where the product is near 1, log1p where near 0.
     """
     both_B = functional.logsigmoid(a_B) + functional.logsigmoid(b_B)
     large_B = torch.logsumexp(torch.stack([-a_B, -b_B, -a_B - b_B]), dim=0) + both_B
@@ -56,13 +56,13 @@ def clicked_log_loss(q_logits_B: Tensor, o_B: Tensor, r_B: Tensor) -> Tensor:
 # down-sampled; |D| = Σ n.
 
 
-def inverse_propensities(p_B: Tensor, floor: float, clip: float) -> Tensor:
-    """min(1 / max(p, floor), clip / mean(p)), constants for autograd.
+def inverse_propensities(p_B: Tensor, n_B: Tensor, floor: float, clip: float) -> Tensor:
+    """min(1 / max(p, floor), clip / mean(p)), the mean over impressions; constants for autograd.
 
     The cap is relative to the mean propensity: an absolute one, as 15, would flatten every weight at 3 % clicks.
     """
     p_B = p_B.detach().clamp(min=floor)
-    return torch.minimum(1 / p_B, clip / p_B.mean())
+    return torch.minimum(1 / p_B, clip * n_B.sum() / (n_B * p_B).sum())
 
 
 def ips_loss(
@@ -73,7 +73,7 @@ def ips_loss(
     Unclipped it estimates, without bias, the mean δ over all impressions from the clicked ones.
     """
     clicked_B = o_B.nan_to_num()
-    loss_B = clicked_B * inverse_propensities(p_B, floor, clip) * cross_entropy(q_logits_B, r_B)
+    loss_B = clicked_B * inverse_propensities(p_B, n_B, floor, clip) * cross_entropy(q_logits_B, r_B)
     return mean(loss_B, _known(o_B, r_B), n_B)
 
 
@@ -82,9 +82,10 @@ def dr_loss(
 ) -> Tensor:
     """1/|D| Σ (e + o (δ - e) / p) + 1/|D| Σ o (δ - e)² / p, with e the imputed δ (ESCM², DR). Scalar.
 
-    The second sum teaches e; there δ is a constant.
+    In the second sum, which fits e to δ, δ is a constant. Given p, q gets the same gradient as from `ips_loss`: what DR
+    changes, it changes through what e's tower shares with q's.
     """
-    weight_B = o_B.nan_to_num() * inverse_propensities(p_B, floor, clip)
+    weight_B = o_B.nan_to_num() * inverse_propensities(p_B, n_B, floor, clip)
     delta_B = cross_entropy(q_logits_B, r_B)
     robust_B = e_B + weight_B * (delta_B - e_B)
     imputation_B = weight_B * (delta_B.detach() - e_B).square()

@@ -37,6 +37,9 @@ class TrainConfig(Config):
     table_learning_rate: PositiveFloat = 0.2
     """Of row-wise Adagrad, for the tables: it falls with the gradients a row has seen, so it starts high."""
     table_eps: PositiveFloat = 1e-8
+    table_accumulator: NonNegativeFloat = 0.0
+    """What row-wise Adagrad's sum of mean squared gradients begins at. From 0 a row's first step has the size of the
+    learning rate, however rare its id; a larger value lets rows move by what they have seen."""
     weight_decay: NonNegativeFloat = 0.0
     """L2 in Adam (dense parameters only)."""
     decay_on_plateau: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -113,7 +116,7 @@ def train(
     optimizer = torch.optim.Adam(sharded.dense.values(), config.learning_rate, weight_decay=config.weight_decay)
     at = checkpoint.position_of(folder)
     if at is None or at.run != run:
-        reset_tables(sharded, config.seed)
+        reset_tables(sharded, config.seed, config.table_accumulator)
         at = Position(run=run)
     else:
         checkpoint.restore(folder, sharded, optimizer)

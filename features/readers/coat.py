@@ -8,7 +8,10 @@ from numpy.typing import NDArray
 
 from base.errors import DataError
 
-FILES = ("train.ascii", "test.ascii", "user_features.ascii", "item_features.ascii")
+FILES = (
+    *("train.ascii", "test.ascii", "user_features.ascii", "item_features.ascii"),
+    *("user_features_map.txt", "item_features_map.txt"),
+)
 
 
 def read_coat(folder: Path) -> pl.LazyFrame:
@@ -46,8 +49,6 @@ def _matrix(path: Path) -> NDArray[np.int64]:
 def _features(folder: Path, kind: str) -> pl.DataFrame:
     """One column of text per feature, from one-hot columns and their map of `feature:value` lines."""
     path = folder / f"{kind}_features_map.txt"
-    if not path.is_file():
-        raise DataError(f"{path}: missing; data.path must be the folder of Coat")
     names = [line.split(":", 1) for line in path.read_text().split("\n") if line.strip()]
     hot = _matrix(folder / f"{kind}_features.ascii")
     if hot.shape[1] != len(names):

@@ -39,7 +39,7 @@ class PerLabel(nn.Module):
         self.outputs = one_output_per_label(schema)
         self.tasks = len(schema.labels)
         self.negative_rate = schema.negative_rate
-        self.sampled = schema.labels.index(schema.funnel[0]) if schema.funnel else 0
+        self.sampled = schema.labels.index(schema.sampled_label)
 
     def probabilities(self, logits_BL: Tensor) -> Tensor:
         p_BT = logits_BL[:, : self.tasks].sigmoid()

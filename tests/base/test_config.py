@@ -150,7 +150,7 @@ def test_every_fault_has_a_line() -> None:
             f"model.name = 'autont' does not exist; did you mean 'autoint'? Known: {kinds(ModelConfig, 'name')}",
         ),
         (lambda t: t["model"].pop("name"), "model.name is missing; it says which kind this is"),
-        (lambda t: t.update(model="autoint"), "model = 'autoint': must be a table of: attention_dim, "),
+        (lambda t: t.update(model="autoint"), "model = 'autoint': must be a table of: alpha, attention_dim, "),
         (
             lambda t: t["features"][3].update(kind="vocab"),
             "features[3].kind = 'vocab' does not exist; did you mean 'vocabulary'? Known: "

@@ -17,6 +17,7 @@ from base.storage import publish, read_manifest, resolve, verify
 from features.pipeline import FittedPipeline
 from features.schema import Sparse
 from pipelines.config import Run
+from pipelines.evaluate import evaluate
 from pipelines.generate import generate
 from pipelines.prepare import prepare
 from pipelines.score import score
@@ -215,8 +216,8 @@ def test_a_log_file_cut_short(altered: Callable[..., Run], tmp_path: Path, lengt
 def test_labels_of_one_class_only(altered: Callable[..., Run]) -> None:
     run = altered(lambda t: t.with_columns(click=pl.lit(1, pl.Int8)), VALID, train__monitor="auc")
     prepare(run, say=quiet)
-    assert refusal(DataError, lambda: train(run, say=quiet)).endswith(
-        "the validation rows hold one class only; choose other days"
+    assert refusal(DataError, lambda: train(run, say=quiet)) == (
+        "label 'click': the validation rows, all impressions, hold one class only; choose other days"
     )
 
 
@@ -229,6 +230,156 @@ def test_a_published_log_may_be_named_by_its_folder(platform: Platform, tmp_path
     for path in (logs, f"{logs}/", f"{logs}/**/*.parquet", f"{logs}/day=*/*"):
         run = platform.at(tmp_path / "out", data__path=f"'{path}'")
         assert run.source.raw(f"day={TRAIN}").select(pl.len()).collect().item() == 2000
+
+
+# Funnels
+
+
+ESMM = '{name="esmm", dim=4, tower={kind="mlp", hidden=[8]}}'
+TWO = {"data__labels": '["click", "conversion"]', "model": ESMM}
+FUNNEL = {**TWO, "data__funnel": '["click", "conversion"]'}
+
+
+def converting(table: pl.DataFrame) -> pl.DataFrame:
+    """Every third item is bought by those who click on it."""
+    return table.with_columns(conversion=pl.when(pl.col("item_id") % 3 == 0).then("click").otherwise(0).cast(pl.Int8))
+
+
+@pytest.fixture
+def funnel(altered: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
+    """A run of ESMM over the same log with conversions, of which one day is changed."""
+
+    def funnel(change: Change, day: str = TRAIN, **settings: str) -> Run:
+        run = altered(lambda t: t, day, **{**FUNNEL, **settings})
+        for path in (tmp_path / "logs").glob("day=*/part.parquet"):
+            table = converting(pl.read_parquet(path))
+            (change(table) if day in str(path) else table).write_parquet(path)
+        return run
+
+    return funnel
+
+
+def test_esmm_without_a_funnel(platform: Platform, tmp_path: Path) -> None:
+    for settings, found in (
+        ({"model": ESMM}, "data.labels are ['click'], data.funnel is []"),
+        (TWO, "data.labels are ['click', 'conversion'], data.funnel is []"),
+    ):
+        assert refusal(ConfigError, lambda s=settings: platform.at(tmp_path / "out", **s)) == (
+            'model.name = "esmm" needs two labels in a funnel, as data.funnel = ["click", "conversion"]; ' + found
+        )
+
+
+def test_a_funnel_with_a_column_that_is_missing(platform: Platform, tmp_path: Path) -> None:
+    run = platform.at(tmp_path / "out", **FUNNEL)
+    message = refusal(DataError, lambda: prepare(run, say=quiet))
+    assert message.startswith("data.labels.conversion: column 'conversion' is missing")
+    assert not run.output.exists()
+
+
+@pytest.mark.parametrize("monitor", ["auc", "log_loss"])
+def test_a_validation_day_without_conversions(funnel: Callable[..., Run], monitor: str) -> None:
+    run = funnel(lambda t: t.with_columns(conversion=pl.lit(0, pl.Int8)), VALID, train__monitor=monitor)
+    prepare(run, say=quiet)
+    assert refusal(DataError, lambda: train(run, say=quiet)) == (
+        "label 'conversion': the validation rows, rows with click, hold one class only; choose other days"
+    )
+    assert not run.bundle_path.exists()
+
+
+def test_a_validation_day_on_which_every_click_converts(funnel: Callable[..., Run]) -> None:
+    run = funnel(lambda t: t.with_columns(conversion="click"), VALID)
+    prepare(run, say=quiet)
+    assert refusal(DataError, lambda: train(run, say=quiet)) == (
+        "label 'conversion': the validation rows, rows with click, hold one class only; choose other days"
+    )
+
+
+def test_conversions_before_their_clicks(funnel: Callable[..., Run]) -> None:
+    reversed_funnel = {"data__funnel": '["conversion", "click"]'}
+    run = funnel(lambda t: t, **reversed_funnel)
+    message = refusal(DataError, lambda: prepare(run, say=quiet))
+    assert message.startswith(f"day={TRAIN}: ")
+    assert " x label click is 1 where conversion, before it in data.funnel, is 0. Mend the log" in message
+    assert not run.output.exists()
+
+
+@pytest.mark.parametrize("name", ["base", "esmm", "escm2"])
+def test_batches_without_a_single_click_train_on(funnel: Callable[..., Run], name: str) -> None:
+    """Thirty clicks in 3,000 rows, fifty a batch: half the batches have none, and most no conversion."""
+
+    def few(table: pl.DataFrame) -> pl.DataFrame:
+        clicks = (pl.int_range(pl.len()) % 100 == 0).cast(pl.Int8)
+        return table.with_columns(click=clicks).with_columns(conversion=pl.col("click") * (pl.col("item_id") % 2))
+
+    run = funnel(few, model=ESMM.replace("esmm", name), train__batch_size="50", train__epochs="1")
+    prepare(run, say=quiet)
+    trained = train(run, say=quiet)
+    assert trained.history[0]["step"] == ROWS // 50
+    assert 0 < trained.history[0]["train_loss"] < 2
+    assert all(weight.isfinite().all() for weight in trained.weights.values())
+
+
+def test_sampled_away_to_almost_nothing(funnel: Callable[..., Run]) -> None:
+    """One non-click in a thousand: an epoch is its clicks, and training goes on."""
+    run = funnel(lambda t: t, sampling__negative_rate="0.001", train__epochs="1")
+    prepare(run, say=quiet)
+    clicks = converting(pl.read_parquet(run.data.path.replace("day=*", f"day={TRAIN}")))["click"].sum()
+    steps = train(run, say=quiet).history[0]["step"]
+    assert steps in {-(-(clicks + kept) // 512) for kept in (0, 1, 2, 3)}
+
+
+def test_a_calibration_day_without_positives(funnel: Callable[..., Run]) -> None:
+    without = funnel(
+        lambda t: t.with_columns(conversion=pl.lit(0, pl.Int8)),
+        TEST,
+        data__split=f'{{train="{TRAIN}", valid="{VALID}"}}',
+        calibrate=f'{{method="platt", partition="day={TEST}"}}',
+        train__epochs="1",
+    )
+    prepare(without, say=quiet)
+    clicks = pl.read_parquet(without.data.path.replace("day=*", f"day={TEST}"))["click"].sum()
+    assert refusal(DataError, lambda: train(without, say=quiet)) == (
+        f"output 'p_conversion_given_click' cannot be calibrated on {clicks} rows of which 0 are positive: "
+        "set calibrate.partition to a day with both, or leave the output out of calibrate.outputs"
+    )
+    assert not without.bundle_path.exists()
+
+
+@pytest.mark.parametrize(("day", "role"), [(TRAIN, "train"), (TEST, "test")])
+def test_calibrating_on_rows_that_are_trained_or_tested_on(funnel: Callable[..., Run], day: str, role: str) -> None:
+    run = funnel(lambda t: t, calibrate=f'{{method="platt", partition="day={day}"}}', train__epochs="1")
+    prepare(run, say=quiet)
+    assert refusal(ConfigError, lambda: train(run, say=quiet)) == (
+        f"calibrate.partition = 'day={day}' is a {role} partition: calibrate on rows that are "
+        "neither trained on nor tested on, such as the validation day"
+    )
+    assert not run.bundle_path.exists()
+
+
+@pytest.mark.parametrize("setting", ["truth", "entire_space"])
+def test_an_evaluation_column_that_is_missing_is_told_before_training(funnel: Callable[..., Run], setting: str) -> None:
+    run = funnel(lambda t: t, evaluate=f'{{{setting}={{p_conversion_given_click="prise"}}}}')
+    message = refusal(DataError, lambda: prepare(run, say=quiet))
+    assert message.startswith("evaluate: column 'prise' is missing; did you mean 'price'?")
+    assert not run.output.exists()
+
+
+@pytest.mark.parametrize("setting", ["truth", "entire_space"])
+def test_an_evaluation_of_an_output_that_is_none(funnel: Callable[..., Run], setting: str) -> None:
+    """Outputs go by their own names; a label's is the nearest thing to one."""
+    run = funnel(lambda t: t, train__epochs="1")
+    prepare(run, say=quiet)
+    train(run, say=quiet)
+    for name, hint in (
+        ("click", "; did you mean 'p_click'?"),
+        ("p_conversion_given_clik", "; did you mean 'p_conversion_given_click'?"),
+        ("order", "; the outputs are p_click, p_conversion_given_click, p_click_and_conversion"),
+    ):
+        wrong = run.model_copy(update={"evaluate": run.evaluate.model_copy(update={setting: {name: "click"}})})
+        assert refusal(ConfigError, lambda w=wrong: evaluate(w)) == (
+            f"evaluate.{setting}: {name!r} is no output of esmm{hint}"
+        )
+    assert not run.evaluation_path("test").exists()
 
 
 # Ids

@@ -15,6 +15,7 @@ from recsys.bundle import Bundle
 from tests.faults.conftest import Platform
 
 FILES = [
+    "calibration.json",
     *("features/learned/000.parquet", "features/learned/001.parquet", "features/learned/003.parquet"),
     *("features/learned/004.parquet", "features/recipe.json", "golden.parquet", "metrics.json", "model.json"),
     *("schema.json", "settings.json", "weights/small.safetensors"),
@@ -177,7 +178,7 @@ def test_a_description_of_something_else(
     assert str(resolve(target)) in found
 
 
-@pytest.mark.parametrize("name", ["model.json", "schema.json", "settings.json", "metrics.json"])
+@pytest.mark.parametrize("name", ["model.json", "schema.json", "settings.json", "metrics.json", "calibration.json"])
 def test_json_that_is_none(copy: Path, tmp_path: Path, name: str) -> None:
     (copy / name).write_text("{")
     target = seal(copy, tmp_path / "mixed")
@@ -211,4 +212,14 @@ def test_golden_rows_guard_the_mathematics(copy: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps({**model, "variant": "paper"}))  # other scores from the same weights
     bundle = Bundle.load(seal(copy, tmp_path / "mixed"))
     with pytest.raises(ArtefactError, match=r"^bundle [0-9a-f]{16}: p_click of its golden rows differs by .*doctor`$"):
+        bundle.check_golden()
+
+
+def test_golden_rows_guard_the_correction_for_sampling(copy: Path, tmp_path: Path) -> None:
+    path = copy / "schema.json"
+    schema = json.loads(path.read_text())
+    assert schema["negative_rate"] == 1
+    path.write_text(json.dumps({**schema, "negative_rate": 0.5}))
+    bundle = Bundle.load(seal(copy, tmp_path / "mixed"))
+    with pytest.raises(ArtefactError, match="p_click of its golden rows differs by"):
         bundle.check_golden()

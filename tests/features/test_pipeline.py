@@ -6,6 +6,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
+from pydantic import ValidationError
 
 from base.errors import ArtefactError, ConfigError, DataError
 from base.storage import publish, resolve
@@ -211,6 +212,14 @@ def test_the_schema_is_what_models_see() -> None:
         labels=("click",),
     )
     assert schema.fields == ("tags", "user_id", "price", "shown")
+    assert (schema.funnel, schema.negative_rate) == ((), 1.0)
+    fitted = pipeline.fit(LOG.lazy())
+    funnel = fitted.schema(["row"], ["click", "buy"], funnel=["click", "buy"], negative_rate=0.1)
+    assert (funnel.labels, funnel.funnel, funnel.negative_rate) == (("click", "buy"), ("click", "buy"), 0.1)
+    assert Schema.model_validate_json(funnel.model_dump_json()) == funnel
+    for rate in (0.0, -0.1, 1.1):
+        with pytest.raises(ValidationError, match="negative_rate"):
+            fitted.schema(["row"], ["click"], negative_rate=rate)
 
 
 # Storing

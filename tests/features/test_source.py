@@ -595,14 +595,15 @@ def test_a_recipe_changes_with_what_decides_rows_and_labels_and_nothing_else() -
     def recipe(day: int = 2, **change: Any) -> dict[str, Any]:
         return source("log.csv", **{**settings, **change}).data.recipe(f"day=2026-03-0{day}")
 
-    for same in (
+    unchanged: list[dict[str, Any]] = [
         {"observed_until": "2026-03-09"},  # the 2nd was known already
         {"max_bad_share": 0.5},
         {"split": {"train": "2026-03-02", "valid": "2026-03-03"}},
-    ):
+    ]
+    for same in unchanged:
         assert recipe(**same) == recipe()
     assert source("elsewhere.csv", **settings).data.recipe("day=2026-03-02") == recipe()
-    for other in (
+    changed: list[dict[str, Any]] = [
         {"labels": {"click": "click", "buy": "buy > 1"}},
         {"where": "k > 1"},
         {"funnel": []},
@@ -611,7 +612,8 @@ def test_a_recipe_changes_with_what_decides_rows_and_labels_and_nothing_else() -
         {"observed_until": "2026-03-03"},  # of the 2nd nothing is known then
         {"matures_after_days": {"buy": 3}},
         {"null_values": ["?"]},
-    ):
+    ]
+    for other in changed:
         assert recipe(**other) != recipe()
     assert recipe(day=3) != recipe(day=3, observed_until="2026-03-05")
     random = {"split": ALL}

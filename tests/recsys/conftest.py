@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -79,7 +80,7 @@ class Examples:
         return path
 
     @classmethod
-    def stream(cls, schema: Schema, frame: pl.DataFrame, path: Path, batch_size: int, **settings: int) -> ExampleStream:
+    def stream(cls, schema: Schema, frame: pl.DataFrame, path: Path, batch_size: int, **settings: Any) -> ExampleStream:
         """A stream over one file of 500 rows a group."""
         return ExampleStream((cls.write(frame, path, 500),), schema, batch_size, **settings)
 

@@ -82,6 +82,15 @@ def test_a_champion_without_numbers_is_not_beaten_unseen(metric: str) -> None:
     assert not judge(CHAMPION, changed(**{metric: math.nan}), GATES).promoted
 
 
+@pytest.mark.parametrize("champion", [CHAMPION, None], ids=["champion", "none"])
+def test_a_day_of_which_nothing_is_known_never_passes(champion: dict[str, dict[str, float]] | None) -> None:
+    verdict = judge(changed("p_buy", rows=0.0, auc=math.nan, log_loss=math.nan), champion, GATES)
+    assert not verdict.promoted
+    assert verdict.reasons == (
+        "p_buy: the label of no row is known yet; judge on a day whose labels are mature",
+    )  # fmt: skip
+
+
 def test_an_output_of_the_champion_must_be_there() -> None:
     verdict = judge({"p_click": CHAMPION["p_click"]}, CHAMPION, GATES)
     assert not verdict.promoted

@@ -1113,6 +1113,22 @@ def test_batches_that_teach_little_have_finite_gradients(name: str, known: str, 
         assert loss.item() == model.network.penalty(found_BL).item()
 
 
+def test_nise_starts_on_the_rare_side(examples: Any) -> None:
+    """From 0.5 the entropy of non-clicks would fall to either side."""
+    schema = examples.schema(funnel=True)
+    batch = examples.batch(schema, examples.frame(schema, 50))
+    for tower in (FLAT, ATTENDING):
+        for start in (0.02, 0.3):
+            torch.manual_seed(0)
+            model = build_model(NISEConfig(dim=8, tower=tower, start=start), schema)
+            p_BO = model.probabilities(logits(model, batch))
+            assert p_BO[:, 1].median().item() == pytest.approx(start, rel=0.3)
+            assert p_BO[:, 0].median().item() == pytest.approx(0.5, abs=0.15)
+    for wrong in (0.0, 0.5, 0.9):
+        with pytest.raises(ConfigError, match="start"):
+            parse_config(NISEConfig, {"start": wrong}, source="run.toml")
+
+
 # --- probabilities of down-sampled clicks ----------------------------------------------------------------------------
 
 
