@@ -15,7 +15,6 @@ from recsys.bundle import Bundle
 from tests.faults.conftest import Platform
 
 FILES = [
-    "calibration.json",
     *("features/learned/000.parquet", "features/learned/001.parquet", "features/learned/003.parquet"),
     *("features/learned/004.parquet", "features/recipe.json", "golden.parquet", "metrics.json", "model.json"),
     *("schema.json", "settings.json", "weights/small.safetensors"),
@@ -178,7 +177,7 @@ def test_a_description_of_something_else(
     assert str(resolve(target)) in found
 
 
-@pytest.mark.parametrize("name", ["model.json", "schema.json", "settings.json", "metrics.json", "calibration.json"])
+@pytest.mark.parametrize("name", ["model.json", "schema.json", "settings.json", "metrics.json"])
 def test_json_that_is_none(copy: Path, tmp_path: Path, name: str) -> None:
     (copy / name).write_text("{")
     target = seal(copy, tmp_path / "mixed")

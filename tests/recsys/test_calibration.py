@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
-from sklearn.isotonic import IsotonicRegression
 
 from base.errors import ArtefactError, DataError
 from base.storage import publish, resolve
@@ -81,22 +80,44 @@ def test_a_platt_map_is_its_formula_up_to_certainty() -> None:
     np.testing.assert_allclose(calibrated(Platt(slope=1.0, intercept=0.0), p[2:6]), p[2:6], rtol=1e-6)
 
 
-def test_isotonic_is_scikit_learns_between_bounds() -> None:
+def blocks(y: Array, p: Array, weight: Array | None = None) -> list[tuple[float, float, float]]:
+    """Pool adjacent violators: weight, mean p and mean y of each block, in the order of p."""
+    weight = np.ones(len(y)) if weight is None else weight
+    found: list[tuple[float, float, float]] = []
+    for i in np.argsort(p, kind="stable"):
+        found.append((weight[i], p[i], y[i]))
+        while len(found) > 1 and (found[-2][2] >= found[-1][2] or found[-2][1] == found[-1][1]):
+            (v, pv, yv), (w, pw, yw) = found[-2:]
+            found[-2:] = [(v + w, (v * pv + w * pw) / (v + w), (v * yv + w * yw) / (v + w))]
+    return found
+
+
+def test_isotonic_is_pooled_rates_drawn_to_the_model_by_ten_rows() -> None:
     y, p = distorted(3_000, 0.6, -0.5)
     found = fit_calibrator("isotonic", y, p, name="p_click")
     assert isinstance(found, Isotonic)
-    least = 1 / (len(y) + 2)
-    reference = IsotonicRegression(y_min=least, y_max=1 - least, out_of_bounds="clip").fit(p.astype(float), y)
-    asked = np.random.default_rng(1).random(500).astype(np.float32)
-    np.testing.assert_allclose(calibrated(found, asked), reference.predict(asked.astype(float)), atol=1e-6)
-    assert list(found.predicted) == sorted(found.predicted)
+    rows, centre, rate = np.array(blocks(y.astype(float), p.astype(float))).T
+    drawn = (rows * rate + 10 * centre) / (rows + 10)
+    again = blocks(drawn, centre, rows + 10)  # drawn to the model, two blocks may have changed places
+    asked = np.linspace(0, 1, 501).astype(np.float32)
+    for knots in ([(c, r) for _, c, r in again],):
+        x, f = np.array([(0.0, 0.0), *knots, (1.0, 1.0)]).T
+        np.testing.assert_allclose(calibrated(found, asked), np.interp(asked, x, f), atol=0.02)
+    kept = np.isin(centre, found.predicted)
+    np.testing.assert_allclose(np.interp(centre[kept], found.predicted, found.observed), drawn[kept], atol=0.02)
+    assert kept.sum() >= len(again) > 5
+    assert list(found.predicted) == sorted(set(found.predicted))
+    assert list(found.observed) == sorted(set(found.observed))
 
 
-def test_a_day_without_an_event_says_small_and_not_never() -> None:
-    p = np.linspace(0.1, 0.9, 98).astype(np.float32)
-    y = p > 0.5
-    found = fit_calibrator("isotonic", y, p, name="p_click")
-    np.testing.assert_allclose(calibrated(found, np.array([0, 0.1, 0.4, 0.6, 1], np.float32)), [0.01] * 3 + [0.99] * 2)
+def test_a_day_without_an_event_says_less_and_not_never() -> None:
+    """90 rows without a click and 10 with one each: rates of 0 and 1, which no rows can promise."""
+    p = np.linspace(0.005, 0.995, 100).astype(np.float32)
+    y = p > 0.9
+    made = fit_calibrator("isotonic", y, p, name="p_click")
+    low, high = p[~y].mean(), p[y].mean()
+    asked = np.array([low, high], np.float32)
+    np.testing.assert_allclose(calibrated(made, asked), [10 * low / 100, (10 + 10 * high) / 20], atol=1e-6)
 
 
 @EVERY
@@ -118,24 +139,39 @@ rows = st.lists(
 ).filter(lambda found: len({y for y, _ in found}) == 2)  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(found=rows, asked=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=20))
-def test_an_isotonic_map_never_falls_nor_is_certain(found: list[tuple[int, float]], asked: list[float]) -> None:
+def test_an_isotonic_map_keeps_ranks_and_is_certain_only_of_certainty(
+    found: list[tuple[int, float]], asked: list[float]
+) -> None:
     y, p = (np.array(column) for column in zip(*found, strict=True))
     made = fit_calibrator("isotonic", y, p, name="p_click")
-    q = calibrated(made, np.sort(np.array([0, *asked, 1], np.float32)))
-    least = 1 / (len(y) + 2)
+    assert isinstance(made, Isotonic)
+    assert (np.diff(made.predicted) > 0).all()
+    assert (np.diff(made.observed) >= 0).all()
+    x = np.sort(np.array([0, *asked, 1], np.float32))
+    q = calibrated(made, x)
     assert q.dtype == np.float32
-    assert (np.diff(q) >= -1e-7).all()
-    assert q.min() >= np.float32(least) * (1 - 1e-6)
-    assert q.max() <= np.float32(1 - least) * (1 + 1e-6)
+    assert (q[0], q[-1]) == (0, 1)
+    apart = np.diff(x) > 1e-3
+    assert (np.diff(q) >= 0).all()
+    assert (np.diff(q)[apart] > 0).all()
+    surely = x[(x > 1e-3) & (x < 1 - 1e-3)]
+    assert calibrated(made, surely).min(initial=0.5) > 0
+    assert calibrated(made, surely).max(initial=0.5) < 1
 
 
 @EVERY
-def test_one_probability_for_all_rows_becomes_their_rate(method: Method) -> None:
-    y = np.arange(100) < 26
-    p = np.full(100, 0.3, np.float32)
-    np.testing.assert_allclose(calibrated(fit_calibrator(method, y, p, name="p"), p), 0.26, atol=1e-3)
+def test_calibration_changes_no_ranking(method: Method) -> None:
+    y, p = distorted(5_000, 0.5, -1.0)
+    q = calibrated(fit_calibrator(method, y, p, name="p_click"), p)
+    assert roc_auc(y, q) == pytest.approx(roc_auc(y, p), abs=1e-5)
+
+
+def test_one_probability_for_all_rows_becomes_their_rate() -> None:
+    y, p = np.arange(100) < 26, np.full(100, 0.3, np.float32)
+    np.testing.assert_allclose(calibrated(fit_calibrator("platt", y, p, name="p"), p), 0.26, atol=1e-3)
+    np.testing.assert_allclose(calibrated(fit_calibrator("isotonic", y, p, name="p"), p), (26 + 3) / 110, atol=1e-6)
 
 
 @EVERY
@@ -202,6 +238,7 @@ def test_a_bundle_keeps_its_calibration(tmp_path: Path) -> None:
     other = bundle(MAPS | {"p_click": Platt(slope=0.8, intercept=-0.71)}).save(tmp_path / "other")
     assert other.version != loaded.version
     assert bundle({}).save(tmp_path / "none").calibrators == {}
+    assert not (resolve(tmp_path / "none") / "calibration.json").exists()  # as in bundles older than calibration
 
 
 def test_golden_rows_guard_the_calibration(tmp_path: Path) -> None:

@@ -179,17 +179,18 @@ def test_clicked_log_loss_is_over_clicked_rows_with_known_conversions() -> None:
 
 
 def test_inverse_propensities_are_floored_and_capped_at_multiples_of_the_mean() -> None:
-    p = np.array([1e-9, 0.01, 0.2, 0.6, 0.95])
-    free = inverse_propensities(*tensors(p), floor=1e-12, clip=NO_CLIP).numpy()
+    p, n = np.array([1e-9, 0.01, 0.2, 0.6, 0.95]), np.ones(5)
+    free = inverse_propensities(*tensors(p, n), floor=1e-12, clip=NO_CLIP).numpy()
     np.testing.assert_allclose(free, 1 / p)
-    floored = inverse_propensities(*tensors(p), floor=0.05, clip=NO_CLIP).numpy()
+    floored = inverse_propensities(*tensors(p, n), floor=0.05, clip=NO_CLIP).numpy()
     np.testing.assert_allclose(floored, [20, 20, 5, 1 / 0.6, 1 / 0.95])
-    capped = inverse_propensities(*tensors(p), floor=0.05, clip=3.0).numpy()
-    cap = 3 / np.maximum(p, 0.05).mean()
-    assert cap < 20
-    np.testing.assert_allclose(capped, np.minimum([20, 20, 5, 1 / 0.6, 1 / 0.95], cap))
+    for counted in (n, np.array([10.0, 10, 1, 1, 1])):  # the mean is over impressions, of which a row may be several
+        capped = inverse_propensities(*tensors(p, counted), floor=0.05, clip=3.0).numpy()
+        cap = 3 / np.average(np.maximum(p, 0.05), weights=counted)
+        assert 1 / 0.6 < cap < 30
+        np.testing.assert_allclose(capped, np.minimum([20, 20, 5, 1 / 0.6, 1 / 0.95], cap))
     for rate in (0.03, 0.0003):  # where clicks are rarer the cap is higher, by as much
-        few = inverse_propensities(torch.tensor([rate, rate, rate, rate / 100]), 1e-9, 15.0)
+        few = inverse_propensities(torch.tensor([rate, rate, rate, rate / 100]), torch.ones(4), 1e-9, 15.0)
         np.testing.assert_allclose(few * rate, [1, 1, 1, 15 / 0.7525], rtol=1e-5)
 
 
@@ -207,12 +208,11 @@ def test_the_clip_binds() -> None:
     rows = Rows()
     arguments = tensors(rows.x, rows.o, rows.r, rows.p, rows.n)
     free, clipped = (ips_loss(*arguments, floor=1e-6, clip=c).item() for c in (NO_CLIP, 1.2))
-    cap = 1.2 / rows.p.mean()
+    cap = 1.2 / np.average(rows.p, weights=rows.n)
     values = np.where(rows.o == 1, np.minimum(1 / rows.p, cap) * delta(rows.x, rows.r), 0)
     assert clipped == pytest.approx(rows.mean(values))
-    assert clipped < 0.9 * free
-    clicked = rows.p[rows.o == 1]
-    assert 0.1 < (1 / clicked > cap).mean() < 0.9
+    assert clipped < 0.95 * free
+    assert 0.1 < (1 / rows.p[rows.o == 1] > cap).mean() < 0.9
 
 
 def test_ips_estimates_the_mean_over_all_rows_from_the_clicked_ones() -> None:
@@ -293,7 +293,7 @@ def test_dr_is_its_formula_and_needs_no_clicks_where_imputation_is_right() -> No
         right[4] = torch.from_numpy(wrong_p)
         found = dr_loss(*right, floor=1e-6, clip=NO_CLIP).item()
         assert found == pytest.approx(rows.mean(np.where(rows.o == 1, d, rows.e)))
-    cap = 1.2 / rows.p.mean()
+    cap = 1.2 / np.average(rows.p, weights=rows.n)
     weight = np.minimum(1 / rows.p, cap)
     clipped = dr_loss(*arguments, floor=1e-6, clip=1.2).item()
     assert clipped == pytest.approx(rows.mean(rows.e + weight * gap + weight * gap**2))

@@ -1043,7 +1043,7 @@ def numpy_loss(config: ModelConfig, x_BL: Array, o_B: Array, r_B: Array, rate: f
             return float(click + config.alpha * min(click / conversion, config.beta) * conversion)
         case ESCM2Config():
             p_B = np.maximum(p_B, config.floor)
-            w_B = np.where(clicked_B, np.minimum(1 / p_B, config.clip / p_B.mean()), 0)
+            w_B = np.where(clicked_B, np.minimum(1 / p_B, config.clip / np.average(p_B, weights=n_B)), 0)
             if config.risk == "ips":
                 risk = mean(w_B * np.where(clicked_B, delta_B, 0))
             else:
@@ -1111,6 +1111,26 @@ def test_batches_that_teach_little_have_finite_gradients(name: str, known: str, 
     if known == "no label at all":
         assert isinstance(model, Funnel)
         assert loss.item() == model.network.penalty(found_BL).item()
+
+
+def test_nises_weight_is_a_constant(examples: Any) -> None:
+    """Else the conversion would be learned from nothing: its loss, over itself, is one."""
+    model = build_model(NISEConfig(**NETWORK), examples.schema(funnel=True))
+    rng = np.random.default_rng(0)
+    x_BL = torch.from_numpy(rng.normal(size=(50, 2))).requires_grad_(True)
+    o_B = (rng.random(50) < 0.5).astype(float)
+    r_B = o_B * (rng.random(50) < 0.5)
+    model.loss(x_BL, torch.from_numpy(np.stack([o_B, r_B], axis=1))).backward()
+    a_B, b_B = x_BL.detach().numpy().T
+    q_B = sigmoid(b_B)
+    entropy_B = -(q_B * np.log(q_B) + (1 - q_B) * np.log(1 - q_B))
+    conversion = np.where(o_B == 1, numpy_cross_entropy(b_B, r_B), entropy_B).mean()
+    ratio = numpy_cross_entropy(a_B, o_B).mean() / conversion
+    slope_B = np.where(o_B == 1, q_B - r_B, -b_B * q_B * (1 - q_B))  # by the logit
+    assert x_BL.grad is not None
+    np.testing.assert_allclose(x_BL.grad[:, 0], (sigmoid(a_B) - o_B) / 50, rtol=1e-9)
+    np.testing.assert_allclose(x_BL.grad[:, 1], min(ratio, 10.0) * slope_B / 50, rtol=1e-9)
+    assert 0.1 < ratio < 10
 
 
 def test_nise_starts_on_the_rare_side(examples: Any) -> None:

@@ -18,7 +18,8 @@ from features.schema import Dense, Schema, Sparse
 from recsys import checkpoint
 from recsys.bundle import load_model
 from recsys.data import ExampleStream
-from recsys.models import AutoIntConfig, ModelConfig
+from recsys.distributed import reset_tables, shard
+from recsys.models import AutoIntConfig, ModelConfig, build_model
 from recsys.models.autoint import AutoInt
 from recsys.models.esmm import ESMMConfig
 from recsys.models.fm import FMConfig
@@ -186,6 +187,7 @@ def test_a_finished_run_is_not_trained_again(data: Any, tmp_path: Path) -> None:
         {"seed": 1},
         {"learning_rate": 0.02},
         {"table_learning_rate": 0.2},
+        {"table_accumulator": 0.1},
         {"epochs": 4},
         {"batch_size": 99},
         {"threads": 2},
@@ -492,6 +494,32 @@ def test_two_labels_are_learned_together(tmp_path: Path) -> None:
     assert {"p_click.auc", "p_like.auc", "p_click.log_loss", "p_like.log_loss"} <= last.keys()
     assert last["objective"] == pytest.approx((last["p_click.log_loss"] + last["p_like.log_loss"]) / 2)
     assert min(last["p_click.auc"], last["p_like.auc"]) > 0.7
+
+
+def test_adagrad_may_begin_with_more_than_it_has_seen(data: Any, tmp_path: Path) -> None:
+    """From 0 a row's first step has the learning rate's size; from much it is by its gradient, and small."""
+
+    def moved(accumulator: float) -> Tensor:
+        schema = SCHEMA.model_copy(update={"dense": (), "sparse": (Sparse(name="a", rows=20),)})
+        model = build_model(LRConfig(), schema, table_device="meta")
+        sharded = shard(model, torch.device("cpu"), {"lr": 0.1, "eps": 1e-8}, batch_size=100)
+        reset_tables(sharded, 0, accumulator)
+        table_of_a = sharded.tables["a"]
+        assert table_of_a.state_R.eq(accumulator).all()
+        batch = next(data[0].epoch(0))
+        model.loss(sharded.module(batch), batch.labels_BT).backward()
+        return table_of_a.weights_RD[:, 0].abs()
+
+    free, held = moved(0.0), moved(4.0)
+    seen = free > 0
+    assert seen.sum() > 10
+    torch.testing.assert_close(free[seen], torch.full_like(free[seen], 0.2))  # the weight is one of four in its row
+    assert held[seen].max() < 0.01
+    with_less, with_more = (
+        run(data, tmp_path / str(n), with_config(table_accumulator=n), LRConfig()).weights for n in (0.0, 4.0)
+    )
+    table_name = "embed.tables.embedding_bags.a.weight"
+    assert with_more[table_name].abs().mean() < 0.3 * with_less[table_name].abs().mean()
 
 
 def test_weight_decay_shrinks_dense_weights(data: Any, tmp_path: Path) -> None:
