@@ -80,34 +80,34 @@ def test_a_platt_map_is_its_formula_up_to_certainty() -> None:
     np.testing.assert_allclose(calibrated(Platt(slope=1.0, intercept=0.0), p[2:6]), p[2:6], rtol=1e-6)
 
 
-def blocks(y: Array, p: Array, weight: Array | None = None) -> list[tuple[float, float, float]]:
-    """Pool adjacent violators: weight, mean p and mean y of each block, in the order of p."""
-    weight = np.ones(len(y)) if weight is None else weight
-    found: list[tuple[float, float, float]] = []
+def runs(y: Array, p: Array, weight: Array) -> list[tuple[float, float, NDArray[np.int64]]]:
+    """Pool adjacent violators: mean p, mean y and members of each run, in the order of p."""
+    found: list[NDArray[np.int64]] = []
     for i in np.argsort(p, kind="stable"):
-        found.append((weight[i], p[i], y[i]))
-        while len(found) > 1 and (found[-2][2] >= found[-1][2] or found[-2][1] == found[-1][1]):
-            (v, pv, yv), (w, pw, yw) = found[-2:]
-            found[-2:] = [(v + w, (v * pv + w * pw) / (v + w), (v * yv + w * yw) / (v + w))]
-    return found
+        found.append(np.array([i]))
+        while len(found) > 1:
+            before, last = (np.average(y[r], weights=weight[r]) for r in found[-2:])
+            if before < last and p[found[-2][-1]] < p[found[-1][0]]:
+                break
+            found[-2:] = [np.concatenate(found[-2:])]
+    return [(np.average(p[r], weights=weight[r]), np.average(y[r], weights=weight[r]), r) for r in found]
 
 
 def test_isotonic_is_pooled_rates_drawn_to_the_model_by_ten_rows() -> None:
     y, p = distorted(3_000, 0.6, -0.5)
     found = fit_calibrator("isotonic", y, p, name="p_click")
     assert isinstance(found, Isotonic)
-    rows, centre, rate = np.array(blocks(y.astype(float), p.astype(float))).T
-    drawn = (rows * rate + 10 * centre) / (rows + 10)
-    again = blocks(drawn, centre, rows + 10)  # drawn to the model, two blocks may have changed places
-    asked = np.linspace(0, 1, 501).astype(np.float32)
-    for knots in ([(c, r) for _, c, r in again],):
-        x, f = np.array([(0.0, 0.0), *knots, (1.0, 1.0)]).T
-        np.testing.assert_allclose(calibrated(found, asked), np.interp(asked, x, f), atol=0.02)
-    kept = np.isin(centre, found.predicted)
-    np.testing.assert_allclose(np.interp(centre[kept], found.predicted, found.observed), drawn[kept], atol=0.02)
-    assert kept.sum() >= len(again) > 5
-    assert list(found.predicted) == sorted(set(found.predicted))
-    assert list(found.observed) == sorted(set(found.observed))
+    blocks = runs(y.astype(float), p.astype(float), np.ones(len(y)))
+    centre, rows = np.array([c for c, _, _ in blocks]), np.array([len(members) for _, _, members in blocks])
+    drawn = (rows * [rate for _, rate, _ in blocks] + 10 * centre) / (rows + 10)
+    expected = runs(drawn, centre, rows + 10.0)  # drawn to the model, neighbours may have changed places
+    assert len(expected) == len(found.predicted) - 2 > 5
+    for (_, rate, members), x, f in zip(expected, found.predicted[1:-1], found.observed[1:-1], strict=True):
+        assert centre[members[0]] - 1e-9 <= x <= centre[members[-1]] + 1e-9
+        assert f == pytest.approx(rate, rel=1e-9)
+    assert (found.predicted[0], found.observed[0], found.predicted[-1], found.observed[-1]) == (0, 0, 1, 1)
+    asked = np.random.default_rng(1).random(500).astype(np.float32)
+    np.testing.assert_allclose(calibrated(found, asked), np.interp(asked, found.predicted, found.observed), rtol=1e-6)
 
 
 def test_a_day_without_an_event_says_less_and_not_never() -> None:

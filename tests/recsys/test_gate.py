@@ -87,7 +87,7 @@ def test_a_day_of_which_nothing_is_known_never_passes(champion: dict[str, dict[s
     verdict = judge(changed("p_buy", rows=0.0, auc=math.nan, log_loss=math.nan), champion, GATES)
     assert not verdict.promoted
     [reason] = verdict.reasons
-    assert reason.startswith("p_buy: no row to measure")
+    assert reason.startswith("p_buy: there are no rows to measure")
 
 
 def test_an_output_of_the_champion_must_be_there() -> None:

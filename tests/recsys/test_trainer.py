@@ -500,8 +500,7 @@ def test_adagrad_may_begin_with_more_than_it_has_seen(data: Any, tmp_path: Path)
     """From 0 a row's first step has the learning rate's size; from much it is by its gradient, and small."""
 
     def moved(accumulator: float) -> Tensor:
-        schema = SCHEMA.model_copy(update={"dense": (), "sparse": (Sparse(name="a", rows=20),)})
-        model = build_model(LRConfig(), schema, table_device="meta")
+        model = build_model(LRConfig(), SCHEMA, table_device="meta")
         sharded = shard(model, torch.device("cpu"), {"lr": 0.1, "eps": 1e-8}, batch_size=100)
         reset_tables(sharded, 0, accumulator)
         table_of_a = sharded.tables["a"]
