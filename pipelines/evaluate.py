@@ -8,7 +8,7 @@ import polars as pl
 from base.storage import publish, resolve
 from features.schema import Output
 from pipelines.config import Run
-from pipelines.measure import held_out, measure, scored_table
+from pipelines.measure import check_outputs, held_out, measure, scored_table
 from pipelines.tracking import registry_of
 from recsys import metrics
 from recsys.bundle import Bundle
@@ -17,6 +17,7 @@ from recsys.device import pick_device
 
 def evaluate(run: Run, *, partition: str | None = None) -> pl.DataFrame:
     """Measure the run's bundle on held-out raw rows; publish the scored table and the metrics, log them to MLflow."""
+    check_outputs(run)
     bundle = Bundle.load(run.bundle_path).to(pick_device(run.device))
     scored = scored_table(run, bundle, held_out(run, partition))
     table = measure(run, bundle.outputs, scored)

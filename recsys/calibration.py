@@ -5,6 +5,7 @@ from typing import Annotated, Literal, assert_never
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
+from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
@@ -16,7 +17,7 @@ from recsys.metrics import CLIP
 
 Method = Literal["platt", "isotonic"]
 
-_AGREEING = 10
+_AGREEING = 1
 
 
 class Platt(Config):
@@ -50,7 +51,13 @@ def fit_calibrator(method: Method, labels_N: ArrayLike, probabilities_N: ArrayLi
         )
     match method:
         case "platt":
-            fitted = LogisticRegression(C=np.inf, max_iter=1000).fit(_logit(p_N)[:, None], y_N)
+            # Platt's targets: a class of n rows says (n + 1) / (n + 2), not certainty, or separable rows had no slope.
+            target_N = np.where(y_N == 1, (positives + 1) / (positives + 2), 1 / (y_N.size - positives + 2))
+            x_N, ones_N = np.tile(_logit(p_N), 2)[:, None], np.ones(y_N.size)
+            weight_N = np.concatenate([target_N, 1 - target_N])
+            fitted = LogisticRegression(C=np.inf, max_iter=1000).fit(
+                x_N, np.concatenate([ones_N, 0 * ones_N]), sample_weight=weight_N
+            )
             return Platt(slope=float(fitted.coef_[0, 0]), intercept=float(fitted.intercept_[0]))
         case "isotonic":
             return _isotonic(y_N, p_N)
@@ -59,7 +66,7 @@ def fit_calibrator(method: Method, labels_N: ArrayLike, probabilities_N: ArrayLi
 
 
 def _isotonic(y_N: NDArray[np.float64], p_N: NDArray[np.float64]) -> Isotonic:
-    """Knots at the blocks' centres; a block's rate is taken together with _AGREEING rows that agree with the model.
+    """Knots at the blocks' centres; a block's rate is taken together with _AGREEING row that agrees with the model.
 
     A block may be a single row, whose rate of 0 or 1 is no probability to promise.
     """
@@ -68,10 +75,13 @@ def _isotonic(y_N: NDArray[np.float64], p_N: NDArray[np.float64]) -> Isotonic:
     rows_K = np.bincount(block_N)
     centre_K = np.bincount(block_N, weights=p_N) / rows_K
     rate_K = (np.bincount(block_N, weights=y_N) + _AGREEING * centre_K) / (rows_K + _AGREEING)
-    rate_K = IsotonicRegression().fit_transform(centre_K, rate_K, sample_weight=rows_K + _AGREEING)
-    kept_K = np.append(True, np.diff(rate_K) > 0) & (centre_K > 0) & (centre_K < 1)
-    knots = np.clip(rate_K[kept_K], CLIP, 1 - CLIP)
-    return Isotonic(predicted=(0.0, *centre_K[kept_K].tolist(), 1.0), observed=(0.0, *knots.tolist(), 1.0))
+    rate_K, run_K = np.unique(
+        IsotonicRegression().fit_transform(centre_K, rate_K, sample_weight=rows_K + _AGREEING), return_inverse=True
+    )  # the pseudo-rows may have turned neighbours around
+    centre_K = np.bincount(run_K, weights=centre_K * rows_K) / np.bincount(run_K, weights=rows_K)
+    inside_K = (centre_K > 0) & (centre_K < 1)
+    knots = np.clip(rate_K[inside_K], CLIP, 1 - CLIP)
+    return Isotonic(predicted=(0.0, *centre_K[inside_K].tolist(), 1.0), observed=(0.0, *knots.tolist(), 1.0))
 
 
 def calibrated(calibrator: Calibrator, probabilities_N: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -79,7 +89,7 @@ def calibrated(calibrator: Calibrator, probabilities_N: NDArray[np.float32]) -> 
     p_N = probabilities_N.astype(np.float64)
     match calibrator:
         case Platt():
-            q_N = 1 / (1 + np.exp(-(calibrator.slope * _logit(p_N) + calibrator.intercept)))
+            q_N = expit(calibrator.slope * _logit(p_N) + calibrator.intercept)
         case Isotonic():
             q_N = np.interp(p_N, calibrator.predicted, calibrator.observed)
         case _:

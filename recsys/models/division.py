@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from features.schema import Schema
 from recsys.losses import mean_log_loss
@@ -27,7 +28,8 @@ class Division(Funnel):
 
     def probabilities(self, logits_BL: Tensor) -> Tensor:
         p_B, both_B = logits_BL[:, 0].sigmoid(), logits_BL[:, 1].sigmoid()
-        given_B = (both_B / p_B).clamp(max=1)  # both are among kept rows, so their quotient needs no correction
+        # Both are among kept rows, so that their quotient needs no correction; of logarithms, so that it is never 0/0.
+        given_B = (logsigmoid(logits_BL[:, 1]) - logsigmoid(logits_BL[:, 0])).clamp(max=0).exp()
         kept_B = self.kept(p_B)
         return torch.stack([p_B * kept_B, given_B, both_B * kept_B], dim=1)
 

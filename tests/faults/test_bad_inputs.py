@@ -347,13 +347,13 @@ def test_a_calibration_day_without_positives(funnel: Callable[..., Run]) -> None
 
 @pytest.mark.parametrize(("day", "role"), [(TRAIN, "train"), (TEST, "test")])
 def test_calibrating_on_rows_that_are_trained_or_tested_on(funnel: Callable[..., Run], day: str, role: str) -> None:
-    run = funnel(lambda t: t, calibrate=f'{{method="platt", partition="day={day}"}}', train__epochs="1")
-    prepare(run, say=quiet)
-    assert refusal(ConfigError, lambda: train(run, say=quiet)) == (
-        f"calibrate.partition = 'day={day}' is a {role} partition: calibrate on rows that are "
-        "neither trained on nor tested on, such as the validation day"
-    )
-    assert not run.bundle_path.exists()
+    run = funnel(lambda t: t, calibrate=f'{{method="platt", partition="day={day}"}}')
+    for verb in (prepare, train):
+        assert refusal(ConfigError, lambda v=verb: v(run, say=quiet)) == (
+            f"calibrate.partition = 'day={day}' is a {role} partition: calibrate on rows that are "
+            "neither trained on nor tested on, such as the validation day"
+        )
+    assert not run.output.exists()
 
 
 @pytest.mark.parametrize("setting", ["truth", "entire_space"])
@@ -365,21 +365,29 @@ def test_an_evaluation_column_that_is_missing_is_told_before_training(funnel: Ca
 
 
 @pytest.mark.parametrize("setting", ["truth", "entire_space"])
-def test_an_evaluation_of_an_output_that_is_none(funnel: Callable[..., Run], setting: str) -> None:
-    """Outputs go by their own names; a label's is the nearest thing to one."""
-    run = funnel(lambda t: t, train__epochs="1")
-    prepare(run, say=quiet)
-    train(run, say=quiet)
-    for name, hint in (
-        ("click", "; did you mean 'p_click'?"),
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("click", "; did you mean 'p_click'?"),  # outputs go by their own names, not by their labels'
         ("p_conversion_given_clik", "; did you mean 'p_conversion_given_click'?"),
         ("order", "; the outputs are p_click, p_conversion_given_click, p_click_and_conversion"),
-    ):
-        wrong = run.model_copy(update={"evaluate": run.evaluate.model_copy(update={setting: {name: "click"}})})
-        assert refusal(ConfigError, lambda w=wrong: evaluate(w)) == (
-            f"evaluate.{setting}: {name!r} is no output of esmm{hint}"
-        )
-    assert not run.evaluation_path("test").exists()
+    ],
+)
+def test_an_evaluation_of_an_output_that_is_none(
+    funnel: Callable[..., Run], setting: str, name: str, hint: str
+) -> None:
+    run = funnel(lambda t: t, evaluate=f'{{{setting}={{{name}="click"}}}}')
+    for verb in (lambda: prepare(run, say=quiet), lambda: train(run, say=quiet), lambda: evaluate(run)):
+        assert refusal(ConfigError, verb) == f"evaluate.{setting}: {name!r} is no output of esmm{hint}"
+    assert not run.output.exists()
+
+
+def test_calibrating_an_output_that_is_none(funnel: Callable[..., Run]) -> None:
+    run = funnel(lambda t: t, calibrate='{method="platt", outputs=["p_clik"]}')
+    assert refusal(ConfigError, lambda: prepare(run, say=quiet)) == (
+        "calibrate.outputs: 'p_clik' is no output of esmm; did you mean 'p_click'?"
+    )
+    assert not run.output.exists()
 
 
 # Ids

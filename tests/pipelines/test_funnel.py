@@ -16,7 +16,7 @@ from base.storage import read_manifest, resolve
 from features.readers.synthetic import SyntheticConfig, day_frame
 from pipelines.config import Run
 from pipelines.evaluate import evaluate, evaluation_of
-from pipelines.measure import scored_table
+from pipelines.measure import measure, scored_table
 from pipelines.prepare import prepare
 from pipelines.promote import promote
 from pipelines.report import report
@@ -40,6 +40,8 @@ TRUTH = {
     "p_conversion_given_click": "conversion_probability",
     "p_click_and_conversion": "click_and_conversion_probability",
 }
+
+ENTIRE = {"label": "would_convert", "truth": "conversion_probability"}
 
 
 def tree_of(folder: Path, output: str = "out", **data: Any) -> dict[str, Any]:
@@ -101,7 +103,7 @@ def run(folder: Path) -> Run:
         evaluate={
             "slices": ["device"],
             "truth": TRUTH,
-            "entire_space": {"p_conversion_given_click": "would_convert"},
+            "entire_space": {"p_conversion_given_click": ENTIRE},
             "pairs": [["device", "category"]],
         },
     )
@@ -160,6 +162,9 @@ def test_one_day_may_be_measured_alone(run: Run) -> None:
     assert metrics.headline(table, "p_click")["rows"] == ROWS
     for output in OUTPUTS[1:]:
         assert metrics.headline(table, output)["rows"] == 0
+    page = report(run, partition="day=2026-03-06").read_text()
+    assert page.count("Nothing can be measured on ") == 2
+    assert "Nothing can be measured on rows with click: conversion is not known there yet" in page
     logged = mlflow.get_run(registry_of(run).find("champion").run_id).data.metrics
     assert logged["day_2026-03-06.p_conversion_given_click.rows_with_click.rows"] == 0
     assert logged["day_2026-03-06.p_conversion_given_click.all_impressions.rows"] == ROWS
@@ -221,7 +226,10 @@ def test_only_the_outputs_asked_for_are_calibrated_by_default_on_the_validation_
     made = bundle.calibrators["p_click"]
     assert isinstance(made, Isotonic)
     scored = scored_table(again, bundle, ["day=2026-03-03"])
-    assert metrics.calibration_ratio(scored["click"], scored["p_click"]) == pytest.approx(1, abs=0.01)
+    assert metrics.calibration_ratio(scored["click"], scored["p_click"]) == pytest.approx(1, abs=0.03)
+    verdict = promote(again, partition="day=2026-03-06")  # of which no conversion is known: nobody can tell
+    assert not verdict.promoted
+    assert {r.partition(":")[0] for r in verdict.reasons if "there are no rows to measure" in r} == set(OUTPUTS[1:])
     train(run_of(tree, calibrate=None), say=quiet)
     assert Bundle.load(run.bundle_path).calibrators == {}
     train(run, say=quiet)
@@ -265,6 +273,7 @@ def test_calibrating_on_a_day_of_which_nothing_is_known(run: Run) -> None:
 
 @pytest.mark.parametrize("setting", ["truth", "entire_space"])
 def test_settings_for_an_output_that_the_model_does_not_give(run: Run, setting: str) -> None:
+    """Told by every verb that comes before or reads them."""
     for name, hint in (
         ("p_clik", "; did you mean 'p_click'?"),
         ("conversion_given_click", "; did you mean 'p_conversion_given_click'?"),
@@ -272,10 +281,35 @@ def test_settings_for_an_output_that_the_model_does_not_give(run: Run, setting: 
     ):
         wrong = run_of(run.model_dump(mode="json"), evaluate={setting: {name: "would_convert"}})
         before = resolve(run.evaluation_path("test"))
-        with pytest.raises(ConfigError) as caught:
-            evaluate(wrong)
-        assert str(caught.value) == f"evaluate.{setting}: {name!r} is no output of esmm{hint}"
+        for verb in (lambda w: prepare(w, say=quiet), lambda w: train(w, say=quiet), evaluate):
+            with pytest.raises(ConfigError) as caught:
+                verb(wrong)
+            assert str(caught.value) == f"evaluate.{setting}: {name!r} is no output of esmm{hint}"
         assert resolve(run.evaluation_path("test")) == before
+
+
+def test_the_entire_space_is_of_conditional_probabilities(run: Run) -> None:
+    wrong = run_of(run.model_dump(mode="json"), evaluate={"entire_space": {"p_click": "click"}})
+    with pytest.raises(ConfigError, match=r"evaluate\.entire_space: 'p_click' speaks of all impressions already"):
+        evaluate(wrong)
+
+
+def test_the_entire_space_may_be_without_its_truth(run: Run) -> None:
+    """Truth given a click and truth on all impressions are two columns; either may be missing."""
+    tree = run.model_dump(mode="json")
+    short, long = (
+        run_of(tree, evaluate={"truth": TRUTH, "entire_space": {OUTPUTS[1]: entire}})
+        for entire in ("would_convert", {"label": "would_convert"})
+    )
+    assert short == long
+    scored = evaluation_of(run)[0]
+    table = measure(short, Bundle.load(run.bundle_path).outputs, scored)
+    spaces = table.filter(pl.col("output") == TRUTH[OUTPUTS[1]])["space"].to_list()
+    assert spaces == ["rows with click"]
+    only = run_of(tree, evaluate={"entire_space": {OUTPUTS[1]: ENTIRE}})
+    table = measure(only, Bundle.load(run.bundle_path).outputs, scored)
+    assert table.filter(pl.col("output") == TRUTH[OUTPUTS[1]])["space"].to_list() == ["all impressions"]
+    assert set(only.evaluate.columns) == {"would_convert", "conversion_probability"}
 
 
 # Preparing
@@ -369,6 +403,20 @@ def test_other_labels_rows_or_maturity_never_keep_the_old_examples(
         case _:
             assert new.equals(old)  # as it happens: all three days were known before, and are now
     assert all("already" in line for line in prepared(**CHANGES[name])[1])
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_training_refuses_examples_of_other_labels_rows_or_maturity(
+    prepared: Callable[..., tuple[Run, list[str]]], tmp_path: Path, name: str
+) -> None:
+    run, _ = prepared()
+    other = run_of(run.model_dump(mode="json") | {"data": tree_of(tmp_path, **CHANGES[name])["data"]})
+    other = other.model_copy(update={"data": other.data.model_copy(update={"path": run.data.path})})
+    with pytest.raises(
+        DataError, match=r"made with other \[data\], .* settings, so its rows or labels may differ; run"
+    ):
+        train(other, say=quiet)
+    assert not run.folder.exists()
 
 
 def test_a_later_look_at_the_log_makes_only_the_days_anew_that_matured(

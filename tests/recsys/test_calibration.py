@@ -70,6 +70,15 @@ def test_platt_is_the_likeliest_line_in_log_odds(slope: float, intercept: float)
     np.testing.assert_allclose(calibrated(found, p), expected, rtol=1e-5)
 
 
+def test_platt_promises_no_certainty_where_scores_separate() -> None:
+    """Three positives on top of 497 negatives: an unsmoothed line would be as steep as the solver lets it."""
+    p = np.linspace(0.01, 0.99, 500).astype(np.float32)
+    found = fit_calibrator("platt", p > p[496], p, name="p_click")
+    assert isinstance(found, Platt)
+    assert 0 < found.slope < 10
+    assert 0 < calibrated(found, p).min() < calibrated(found, p).max() < 0.9
+
+
 def test_a_platt_map_is_its_formula_up_to_certainty() -> None:
     p = np.array([0, 1e-9, CLIP, 0.2, 0.5, 1 - 1e-4, 1], np.float32)
     found = calibrated(Platt(slope=0.5, intercept=-1.0), p)
@@ -93,17 +102,17 @@ def runs(y: Array, p: Array, weight: Array) -> list[tuple[float, float, NDArray[
     return [(np.average(p[r], weights=weight[r]), np.average(y[r], weights=weight[r]), r) for r in found]
 
 
-def test_isotonic_is_pooled_rates_drawn_to_the_model_by_ten_rows() -> None:
+def test_isotonic_is_pooled_rates_drawn_to_the_model_by_one_row() -> None:
     y, p = distorted(3_000, 0.6, -0.5)
     found = fit_calibrator("isotonic", y, p, name="p_click")
     assert isinstance(found, Isotonic)
     blocks = runs(y.astype(float), p.astype(float), np.ones(len(y)))
     centre, rows = np.array([c for c, _, _ in blocks]), np.array([len(members) for _, _, members in blocks])
-    drawn = (rows * [rate for _, rate, _ in blocks] + 10 * centre) / (rows + 10)
-    expected = runs(drawn, centre, rows + 10.0)  # drawn to the model, neighbours may have changed places
+    drawn = (rows * [rate for _, rate, _ in blocks] + centre) / (rows + 1)
+    expected = runs(drawn, centre, rows + 1.0)  # drawn to the model, neighbours may have changed places
     assert len(expected) == len(found.predicted) - 2 > 5
     for (_, rate, members), x, f in zip(expected, found.predicted[1:-1], found.observed[1:-1], strict=True):
-        assert centre[members[0]] - 1e-9 <= x <= centre[members[-1]] + 1e-9
+        assert x == pytest.approx(np.average(centre[members], weights=rows[members]), rel=1e-6)
         assert f == pytest.approx(rate, rel=1e-9)
     assert (found.predicted[0], found.observed[0], found.predicted[-1], found.observed[-1]) == (0, 0, 1, 1)
     asked = np.random.default_rng(1).random(500).astype(np.float32)
@@ -117,7 +126,7 @@ def test_a_day_without_an_event_says_less_and_not_never() -> None:
     made = fit_calibrator("isotonic", y, p, name="p_click")
     low, high = p[~y].mean(), p[y].mean()
     asked = np.array([low, high], np.float32)
-    np.testing.assert_allclose(calibrated(made, asked), [10 * low / 100, (10 + 10 * high) / 20], atol=1e-6)
+    np.testing.assert_allclose(calibrated(made, asked), [low / 91, (10 + high) / 11], atol=1e-6)
 
 
 @EVERY
@@ -171,7 +180,7 @@ def test_calibration_changes_no_ranking(method: Method) -> None:
 def test_one_probability_for_all_rows_becomes_their_rate() -> None:
     y, p = np.arange(100) < 26, np.full(100, 0.3, np.float32)
     np.testing.assert_allclose(calibrated(fit_calibrator("platt", y, p, name="p"), p), 0.26, atol=1e-3)
-    np.testing.assert_allclose(calibrated(fit_calibrator("isotonic", y, p, name="p"), p), (26 + 3) / 110, atol=1e-6)
+    np.testing.assert_allclose(calibrated(fit_calibrator("isotonic", y, p, name="p"), p), (26 + 0.3) / 101, atol=1e-6)
 
 
 @EVERY

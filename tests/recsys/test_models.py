@@ -1176,3 +1176,12 @@ def test_probabilities_learned_from_sampled_rows_are_those_of_all(rate: float, e
     alone = build_model(LRConfig(), examples.schema(negative_rate=rate))
     found_BO = alone.probabilities(torch.from_numpy(logit(sampled_B))[:, None]).numpy()
     np.testing.assert_allclose(found_BO[:, 0], p_B, rtol=1e-9)
+
+
+def test_division_of_two_vanishing_probabilities_is_a_probability(examples: Any) -> None:
+    schema = examples.schema(funnel=True)
+    model = plain(DivisionConfig(dim=8), schema)
+    far = torch.tensor([[-200.0, -200.0], [-95.0, -100.0], [-100.0, -95.0], [200.0, 200.0]])
+    p_BO = model.probabilities(far)
+    assert p_BO.isfinite().all()
+    torch.testing.assert_close(p_BO[:, 1], torch.tensor([1.0, float(np.exp(-5.0)), 1.0, 1.0]))
