@@ -68,13 +68,13 @@ CENSUS: dict[str, dict[str, Any]] = {
     "shared bottom": {"bottom": [256]},
     "MMoE, softmax": {"experts": {**_EXPERTS, "gate": "softmax"}},
     "MMoE, top-2": {"experts": {**_EXPERTS, "gate": "top_k", "k": 2}},
-    "MMoE, 2 trees": {"experts": {**_EXPERTS, "gate": "tree", "k": 2, "entropy": 0.01}},
+    "MMoE, 2 trees": {"experts": {**_EXPERTS, "gate": "tree", "k": 2, "entropy": 0.001}},
 }
 
 GATES: dict[str, dict[str, Any]] = {
     "softmax": {"gate": "softmax"},
     "top-2": {"gate": "top_k", "k": 2},
-    "2 trees": {"gate": "tree", "k": 2, "entropy": 0.01},
+    "2 trees": {"gate": "tree", "k": 2, "entropy": 0.001},
 }
 
 
