@@ -24,10 +24,12 @@ from datetime import date, timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import polars as pl
 import torch
+from torch import Tensor
 
 from base.config import load_config
 from bench import records
@@ -43,8 +45,10 @@ from recsys import trainer
 from recsys.bundle import load_model
 from recsys.data import ExampleStream, batches, to_columns
 from recsys.experts import active_per_row
+from recsys.losses import ips_loss, log_loss_of_product, mean_log_loss
 from recsys.metrics import calibration_ratio, log_loss, normalized_entropy, roc_auc
 from recsys.models import Model
+from recsys.models.escm2 import ESCM2
 from recsys.models.multitask import MultiTask
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +66,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ESCM²-DR": {"name": "escm2", "risk": "dr"},
     "NISE": {"name": "nise"},
 }
+TOLD = "ESCM²-IPS, told the true propensities"
+"""No method: what inverse propensities would do if the click were known as well as a synthetic log knows it."""
 _EXPERTS = {"count": 8, "hidden": [32]}
 CENSUS: dict[str, dict[str, Any]] = {
     "single task": {"shared_embeddings": False, "tower": {"kind": "mlp", "hidden": [128, 16]}},
@@ -165,11 +171,13 @@ def synthetic_jobs(log: Log, work: Path, *, quick: bool) -> list[records.Job]:
 
         def measure(seed: int) -> Mapping[str, Any]:
             run, fitted, test = prepared(seed)
-            return funnel_figures(_train(_configured(run, model), fitted, seed, name), test)
+            train = _train_told if name.endswith(TOLD) else _train
+            return funnel_figures(train(_configured(run, model), fitted, seed, name), test)
 
-        return records.Job(name, _identity(configured, common, quick), 1 if quick else SEEDS, measure)
+        told = {"told": "click_probability"} if name.endswith(TOLD) else {}
+        return records.Job(name, _identity(configured, {**common, **told}, quick), 1 if quick else SEEDS, measure)
 
-    return [job(f"{log.name} | {name}", model) for name, model in METHODS.items()]
+    return [job(f"{log.name} | {name}", model) for name, model in {**METHODS, TOLD: METHODS["ESCM²-IPS"]}.items()]
 
 
 def coat_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
@@ -285,6 +293,32 @@ def _train(run: Run, fitted: FittedPipeline, seed: int, name: str) -> Measured:
     return Measured(model, schema)
 
 
+def _train_told(run: Run, fitted: FittedPipeline, seed: int, name: str) -> Measured:
+    """The same, each row's loss told its true click probability, which travels as one more label."""
+    propensity, schema = "click_probability", run.schema_of(fitted)
+    config = run.train.model_copy(update={"seed": seed})
+
+    def loss(self: ESCM2, logits_BL: Tensor, labels_BT: Tensor) -> Tensor:
+        a_B, b_B = logits_BL[:, 0], logits_BL[:, 1]
+        o_B, r_B, p_B = labels_BT.unbind(1)
+        c = self.config
+        counterfactual = ips_loss(b_B, o_B, r_B, p_B, torch.ones_like(p_B), c.floor, c.clip)
+        joint = log_loss_of_product(a_B, b_B, r_B)
+        return mean_log_loss(a_B, o_B) + c.conversion_weight * counterfactual + c.joint_weight * joint
+
+    with tempfile.TemporaryDirectory() as scratch, patch.object(ESCM2, "loss", loss):
+        rows = _rows(run, fitted, run.source.partitions("train"), (propensity,))
+        file = Path(scratch) / "train.parquet"
+        rows.rename({propensity: carried(propensity)}).write_parquet(file, row_group_size=2**17)
+        told = schema.model_copy(update={"labels": (*schema.labels, propensity)})
+        fit = ExampleStream((file,), told, config.batch_size, shuffle=True, seed=seed)
+        files = tuple(examples_of(run, run.source.partitions("valid"), fitted))
+        valid = ExampleStream(files, schema, config.batch_size)
+        ticker = Ticker(f"{name} seed {seed}", interval_seconds=60)
+        trained = trainer.train(run.model, schema, fit, valid, config, Path(scratch) / "run", on_step=ticker.on_step)
+    return Measured(load_model(run.model, schema, trained.weights, where=Path(name)), schema)
+
+
 def _rows(run: Run, fitted: FittedPipeline, partitions: Sequence[str], keep: Sequence[str]) -> pl.DataFrame:
     """Encoded good rows with their labels and what else is asked for."""
     labels = [carried(label) for label in run.labels]
@@ -379,6 +413,7 @@ _FUNNEL_COLUMNS = {
     "pCVR AUC, clicked": ("clicked_auc", 4),
     "pCVR AUC, all": ("entire_auc", 4),
     "pCVR / truth, all": ("entire_ratio", 3),
+    "pCVR / observed, clicked": ("clicked_ratio", 3),
     "pCVR / truth, rarely clicked half": ("rare_ratio", 3),
     "pCTCVR AUC, all": ("ctcvr_auc", 4),
 }
@@ -400,7 +435,7 @@ _CENSUS_COLUMNS = {
 def tables(file: Path = RECORDS) -> str:
     """The README's tables, from the records."""
     parts = [
-        _table(file, [f"{log.name} | {m}" for log in LOGS for m in METHODS], _FUNNEL_COLUMNS, "log"),
+        _table(file, [f"{log.name} | {m}" for log in LOGS for m in (*METHODS, TOLD)], _FUNNEL_COLUMNS, "log"),
         _table(
             file,
             [f"coat | {m}" for m in METHODS],
