@@ -211,8 +211,9 @@ def census_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
         _job(f"census | {name}", run, fitted, {**plain, **model}, common, quick, lambda m: census_figures(m, test))
         for name, model in CENSUS.items()
     ]
+    brief = run.model_copy(update={"train": run.train.model_copy(update={"epochs": min(2, run.train.epochs)})})
     wide = {
-        gate: _configured(run, {**plain, "experts": {**experts, "count": 16, "hidden": [256]}})
+        gate: _configured(brief, {**plain, "experts": {**experts, "count": 16, "hidden": [256]}})
         for gate, experts in GATES.items()
     }
 
@@ -220,7 +221,7 @@ def census_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
         return gate_times({gate: _train(r, fitted, seed, f"16 x 256, {gate}") for gate, r in wide.items()}, test)
 
     config = {**common, "models": {g: r.model.model_dump() for g, r in wide.items()}, "quick": quick}
-    config["train"] = run.train.model_dump()
+    config["train"] = brief.train.model_dump()
     return [*jobs, records.Job("gates | 16 experts of 256", config, 1 if quick else SEEDS, times)]
 
 
