@@ -446,6 +446,7 @@ def tables(file: Path = RECORDS) -> str:
         _table(file, [f"census | {m}" for m in CENSUS], _CENSUS_COLUMNS, "data"),
         _gate_table(file),
     ]
+    parts.insert(1, _pair_table(file))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -459,6 +460,35 @@ def _table(file: Path, names: Sequence[str], columns: Mapping[str, tuple[str, in
         cells = [_cell(row, figure, digits) for figure, digits in columns.values()]
         lines.append(f"| {where} | {model} | {' | '.join(cells)} | {row['n']} |")
     return "\n".join(lines)
+
+
+_PAIRS = (("ESMM", "BASE"), ("ESMM", "ESMM-NS"), ("ESCM²-IPS", "ESMM"), (TOLD, "ESMM"))
+_PAIR_COLUMNS = {
+    "pCVR AUC, clicked": "clicked_auc",
+    "pCVR AUC, all": "entire_auc",
+    "pCVR / truth, all": "entire_ratio",
+    "pCTCVR AUC, all": "ctcvr_auc",
+}
+
+
+def _pair_table(file: Path) -> str:
+    """Differences within a seed, that is on one log: mean, deviation, and in how many seeds the first is larger."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in records.read(file):
+        found.setdefault(record["name"], {})[record["seed"]] = record
+    lines = [f"| log | difference | {' | '.join(_PAIR_COLUMNS)} |", "|---" * (len(_PAIR_COLUMNS) + 2) + "|"]
+    for log in LOGS:
+        for first, second in _PAIRS:
+            a, b = (found.get(f"{log.name} | {name}", {}) for name in (first, second))
+            seeds = sorted(a.keys() & b.keys())
+            if len(seeds) < 2:
+                continue
+            cells: list[str] = []
+            for figure in _PAIR_COLUMNS.values():
+                x = np.array([a[seed][figure] - b[seed][figure] for seed in seeds])
+                cells.append(f"{x.mean():+.4f} ± {x.std(ddof=1):.4f} ({(x > 0).sum()}/{x.size})")
+            lines.append(f"| {log.name} | {first} - {second} | {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def _gate_table(file: Path) -> str:
