@@ -44,7 +44,7 @@ def conversion() -> str:
 @pytest.mark.parametrize("make", [tree, quality, conversion])
 def test_generated_part_is_up_to_date(make) -> None:
     text = README.read_text()
-    found = re.search(rf"(<!-- {make.__name__} -->\n)(.*?)(\n<!-- end -->)", text, re.DOTALL)
+    found = re.search(rf"(<!-- {make.__name__} -->\n)((?:(?!<!--).)*?)(\n<!-- end -->)", text, re.DOTALL)
     assert found, f"README.md has no <!-- {make.__name__} --> part"
     if os.environ.get("UPDATE_README"):
         README.write_text(text[: found.start(2)] + make() + text[found.end(2) :])
