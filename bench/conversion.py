@@ -7,7 +7,8 @@
 
 All methods of a part run with the same sizes, learning rates and epochs: those of the run files, the synthetic log with
 batches of 2,048. Three learning rates of the tables were tried on validation rows, for BASE and ESMM, on the synthetic
-log and for BASE, ESMM and ESCM²-IPS on Coat; on Census-Income none. Loss weights and caps keep their defaults. Every seed has a synthetic log of its own, so that the spread over seeds includes that of the log; on Coat and
+log and for BASE, ESMM and ESCM²-IPS on Coat; on Census-Income none. Loss weights and caps keep their defaults.
+Every seed has a synthetic log of its own, so that the spread over seeds includes that of the log; on Coat and
 Census-Income it is that of training alone.
 """
 
