@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, PoolingType
 
@@ -87,3 +89,25 @@ def reset_table(weights_RD: Tensor, std: float, generator: torch.Generator) -> N
     """Initialise a table in place, by blocks, so that no second copy of a large one is made."""
     for block in weights_RD.split(2**20):
         block.copy_(torch.randn(block.shape, generator=generator) * std)
+
+
+def feature_of(table: str) -> str:
+    """The feature whose rows a table holds; copies are called `feature@copy`."""
+    return table.partition("@")[0]
+
+
+def normal_rows(rows_K: Tensor, dim: int, seed: int) -> Tensor:
+    """Standard normal values_KD that follow from each row's number alone, however many rows there are."""
+    cells_KD = rows_K.numpy().astype(np.uint64)[:, None] * np.uint64(dim) + np.arange(dim, dtype=np.uint64)
+    first_KD, second_KD = (_uniform(cells_KD * np.uint64(2) + np.uint64(i), seed) for i in (0, 1))
+    return torch.from_numpy(np.sqrt(-2 * np.log(first_KD)) * np.cos(2 * np.pi * second_KD))  # Box and Muller 1958
+
+
+def _uniform(counter: NDArray[np.uint64], seed: int) -> NDArray[np.float64]:
+    """In (0, 1]: SplitMix64 (Steele et al., OOPSLA 2014) of a counter."""
+    with np.errstate(over="ignore"):
+        z = (counter + np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return ((z >> np.uint64(11)).astype(np.float64) + 1) * 2.0**-53

@@ -19,12 +19,13 @@ from base.errors import DataError
 from base.faults import faultpoint
 from features.schema import Schema
 from recsys import checkpoint
-from recsys.checkpoint import Position
+from recsys.checkpoint import Position, WarmStart
 from recsys.data import ExampleStream
 from recsys.device import CPU
 from recsys.distributed import Sharded, reset_tables, shard
 from recsys.metrics import evaluate, headline
 from recsys.models import Model, ModelConfig, build_model
+from recsys.tensors import load_tensors
 
 
 class TrainConfig(Config):
@@ -76,8 +77,10 @@ class Trained:
     """The outcome: the best weights and how they came about."""
 
     weights: dict[str, Tensor]
+    state: Path
+    """Where these weights and the optimizers' states lie, for the next day to start from."""
     history: list[dict[str, float]]
-    """One entry per epoch: training loss, metrics on the validation rows."""
+    """One entry per epoch: training loss, metrics on the validation rows if there are any."""
     curve: list[tuple[float, float]]
     """Training loss by epochs done."""
     best_epoch: int
@@ -91,21 +94,24 @@ def train(
     model_config: ModelConfig,
     schema: Schema,
     fit: ExampleStream,
-    valid: ExampleStream,
+    valid: ExampleStream | None,
     config: TrainConfig,
     folder: Path,
     *,
     device: torch.device = CPU,
     identity: str = "",
+    warm: WarmStart | None = None,
     on_step: Callable[[Progress], None] = lambda _: None,
 ) -> Trained:
-    """Train on `fit`, measure on `valid` after every epoch, return the best weights.
+    """Train on `fit`, measure on `valid` after every epoch, return the best weights; without `valid`, the last.
 
-    `folder` holds the checkpoint; one whose configuration and data (`identity`) are the same is resumed.
+    `folder` holds the checkpoint; one whose configuration and data (`identity`) are the same is resumed. With `warm`
+    training goes on from an earlier state instead of from nothing.
     Raises DataError if there is nothing to train on or the loss is not finite.
     """
-    if not fit.rows() or not valid.rows():
-        raise DataError(f"{fit.rows()} training and {valid.rows()} validation rows: both must have some; prepare again")
+    if not fit.rows() or (valid is not None and not valid.rows()):
+        held_out = "" if valid is None else f" and {valid.rows()} validation rows"
+        raise DataError(f"{fit.rows()} training{held_out}: there must be some; prepare again")
     run = _run_hash(model_config, schema, config, identity)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -117,6 +123,8 @@ def train(
     at = checkpoint.position_of(folder)
     if at is None or at.run != run:
         reset_tables(sharded, config.seed, config.table_accumulator)
+        if warm is not None:
+            checkpoint.start_from(warm, sharded, optimizer, seed=config.seed, accumulator=config.table_accumulator)
         at = Position(run=run)
     else:
         checkpoint.restore(folder, sharded, optimizer)
@@ -143,15 +151,15 @@ def train(
             if at.batch % config.checkpoint_every == 0 and at.batch < per_epoch:
                 checkpoint.save(folder, sharded, optimizer, at)
             faultpoint("trainer.step")
-        at = _close_epoch(at, config, sharded, model, valid, device, folder)
+        at = _close_epoch(at, config, sharded, optimizer, model, valid, device, folder)
         checkpoint.save(folder, sharded, optimizer, at)
     assert at.best is not None
     checkpoint.tidy(folder, at)  # a process killed at the very end did not come to it
     elapsed = time.perf_counter() - started
+    state = checkpoint.best_of(folder, at.best)
     history = [dict(entry) for entry in at.history]
-    best = min(history, key=lambda entry: entry["objective"])
-    kept = checkpoint.load_best(folder, at.best)
-    return Trained(kept, history, list(at.curve), int(best["epoch"]), seen / elapsed, resumed_at)
+    kept = load_tensors(state / "weights")
+    return Trained(kept, state, history, list(at.curve), at.best_epoch, seen / elapsed, resumed_at)
 
 
 def predict(module: Callable[..., Tensor], model: Model, stream: ExampleStream, device: torch.device) -> pl.DataFrame:
@@ -173,53 +181,57 @@ def _close_epoch(
     at: Position,
     config: TrainConfig,
     sharded: Sharded,
+    optimizer: torch.optim.Optimizer,
     model: Model,
-    valid: ExampleStream,
+    valid: ExampleStream | None,
     device: torch.device,
     folder: Path,
 ) -> Position:
     """Measure, keep the weights if they are the best so far, decide whether to go on."""
+    epoch = at.epoch + 1
+    entry = {"epoch": float(epoch), "step": float(at.step), "train_loss": at.epoch_loss / at.batch}
+    improved = True
+    if valid is not None:
+        entry |= _measure(sharded, model, valid, device, config)
+        improved = entry["objective"] < min((h["objective"] for h in at.history), default=float("inf"))
+    moved = {"best": checkpoint.save_best(folder, sharded, optimizer), "best_epoch": epoch} if improved else {}
+    faultpoint("trainer.best")
+    waited = 0 if improved else epoch - at.best_epoch
+    return at.model_copy(
+        update={
+            "epoch": epoch,
+            "batch": 0,
+            "epoch_loss": 0.0,
+            "window_loss": 0.0,
+            "history": (*at.history, entry),
+            "finished": epoch >= config.epochs or waited >= config.patience,
+            **moved,
+        }
+    )
+
+
+def _measure(
+    sharded: Sharded, model: Model, valid: ExampleStream, device: torch.device, config: TrainConfig
+) -> dict[str, float]:
+    """Exact metrics of every output on the validation rows, and the objective that they make."""
     sharded.module.eval()
     scored = predict(sharded.module, model, valid, device)
     evaluation = evaluate(scored, model.outputs)
     metrics = {o.name: headline(evaluation, o.name) for o in model.outputs}
-    sign = -1.0 if config.monitor == "auc" else 1.0
-    objective = sign * float(np.mean([m[config.monitor] for m in metrics.values()]))
     for output in model.outputs:
         if not np.isfinite(metrics[output.name]["auc"]):
             raise DataError(
                 f"label {output.label!r}: the validation rows, {output.space}, hold one class only; choose other days"
             )
-    entry = {
-        "epoch": float(at.epoch + 1),
-        "step": float(at.step),
-        "train_loss": at.epoch_loss / at.batch,
-        "objective": objective,
-    }
-    for output, found in metrics.items():
-        entry |= {f"{output}.{k}": v for k, v in found.items() if k not in ("rows", "positives")}
-    history = (*at.history, entry)
-    objectives = [h["objective"] for h in history]
-    improved = objective < min(objectives[:-1], default=float("inf"))
-    best = checkpoint.save_best(folder, sharded) if improved else at.best
-    faultpoint("trainer.best")
-    waited = len(objectives) - 1 - int(np.argmin(objectives))
-    finished = at.epoch + 1 >= config.epochs or waited >= config.patience
-    return at.model_copy(
-        update={
-            "epoch": at.epoch + 1,
-            "batch": 0,
-            "epoch_loss": 0.0,
-            "window_loss": 0.0,
-            "history": history,
-            "best": best,
-            "finished": finished,
-        }
-    )
+    sign = -1.0 if config.monitor == "auc" else 1.0
+    found = {"objective": sign * float(np.mean([m[config.monitor] for m in metrics.values()]))}
+    for output, values in metrics.items():
+        found |= {f"{output}.{k}": v for k, v in values.items() if k not in ("rows", "positives")}
+    return found
 
 
 def _set_rates(sharded: Sharded, optimizer: torch.optim.Optimizer, config: TrainConfig, at: Position) -> None:
-    objectives = [h["objective"] for h in at.history]
+    objectives = [h["objective"] for h in at.history if "objective" in h]
     plateaus = sum(o >= min(objectives[:i], default=float("inf")) for i, o in enumerate(objectives))
     factor = config.decay_on_plateau**plateaus
     sharded.set_table_learning_rate(config.table_learning_rate * factor)

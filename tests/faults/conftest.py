@@ -21,6 +21,7 @@ from pipelines.generate import generate
 from pipelines.prepare import prepare
 from recsys import checkpoint
 from recsys.bundle import Bundle, golden_rows, load_model
+from recsys.tensors import load_tensors
 
 ROWS = 3000
 RUN_FILE = """
@@ -162,7 +163,9 @@ def bundle_path(
     position = checkpoint.position_of(folder)
     assert position
     assert position.best
-    model = load_model(run.model, schema, checkpoint.load_best(folder, position.best), where=folder)
+    model = load_model(
+        run.model, schema, load_tensors(checkpoint.best_of(folder, position.best) / "weights"), where=folder
+    )
     raw = run.source.raw("day=2026-03-02").head(64).collect()
     parts = {"model": model, "model_config": run.model, "features": fitted, "schema": schema}
     about = {"settings": run.model_dump(mode="json"), "metrics": {"best_epoch": 1}}

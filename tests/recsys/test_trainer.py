@@ -1,6 +1,7 @@
 """Training: repeats bit for bit, resumes as if never interrupted, keeps the best weights, stops when it should."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,18 @@ from base.storage import resolve, versions_of
 from features.schema import Dense, Schema, Sparse
 from recsys import checkpoint
 from recsys.bundle import load_model
+from recsys.checkpoint import NewRows, WarmStart
 from recsys.data import ExampleStream
+from recsys.device import CPU
 from recsys.distributed import reset_tables, shard
+from recsys.embeddings import normal_rows
 from recsys.models import AutoIntConfig, ModelConfig, build_model
 from recsys.models.autoint import AutoInt
 from recsys.models.esmm import ESMMConfig
 from recsys.models.fm import FMConfig
 from recsys.models.lr import LRConfig
 from recsys.network import MLPTower
+from recsys.tensors import load_tensors
 from recsys.trainer import Progress, TrainConfig, Trained, train
 
 SCHEMA = Schema(
@@ -244,9 +249,9 @@ def test_old_weights_and_checkpoints_are_cleared_away(data: Any, tmp_path: Path)
     assert position is not None
     assert position.finished
     assert position.best is not None
-    assert same(checkpoint.load_best(tmp_path / "state", position.best), trained.weights)
+    assert same(load_tensors(checkpoint.best_of(tmp_path / "state", position.best) / "weights"), trained.weights)
     with pytest.raises(ArtefactError, match="version 0123 is gone"):
-        checkpoint.load_best(tmp_path / "state", "0123")
+        checkpoint.best_of(tmp_path / "state", "0123")
     assert checkpoint.position_of(tmp_path / "nothing") is None
 
 
@@ -549,3 +554,87 @@ def test_evaluation_is_without_dropout(data: Any, tmp_path: Path, monkeypatch: p
     run(data, tmp_path / "state")
     assert modes == [False] * 3
     assert steps == [True] * 24
+
+
+# --- warm starts -----------------------------------------------------------------------------------------------------
+
+
+def grown(schema: Schema, more: int) -> Schema:
+    return schema.model_copy(
+        update={"sparse": tuple(f.model_copy(update={"rows": f.rows + more}) for f in schema.sparse)}
+    )
+
+
+def start(schema: Schema, warm: WarmStart, model: ModelConfig = AUTOINT, seed: int = 0) -> Any:
+    """A sharded model that was started from an earlier state, and its optimizer."""
+    torch.manual_seed(seed)
+    sharded = shard(build_model(model, schema, table_device="meta"), CPU, {"lr": 0.1, "eps": 1e-8}, batch_size=100)
+    optimizer = torch.optim.Adam(sharded.dense.values())
+    reset_tables(sharded, seed)
+    checkpoint.start_from(warm, sharded, optimizer, seed=seed, accumulator=0.25)
+    return sharded, optimizer
+
+
+FRESH = {"a": np.array([3, 20, 21], dtype=np.int64), "bag": np.array([9, 10], dtype=np.int64)}
+
+
+@pytest.mark.parametrize("rule", ["mean", "hash"])
+@pytest.mark.parametrize("model", [AUTOINT, ESMMConfig(dim=4, tower=MLPTower(hidden=(4,)), shared_embeddings=False)])
+def test_a_warm_start_carries_known_rows_to_the_bit_and_begins_new_ones_by_the_rule(
+    model: ModelConfig, rule: NewRows, tmp_path: Path
+) -> None:
+    esmm = isinstance(model, ESMMConfig)
+    schema = FUNNEL if esmm else SCHEMA
+    path = tmp_path / "day.parquet"
+    table(400, 1, schema).write_parquet(path)
+    trained = train(model, schema, ExampleStream((path,), schema, 100), None, FAST, tmp_path / "state")
+    warm = WarmStart(trained.state, FRESH, new_rows=rule, accumulator_decay=0.5)
+    sharded, optimizer = start(grown(schema, 2), warm, model)
+    sums = load_tensors(trained.state / "table_states")
+    for name, now in sharded.tables.items():
+        before, fresh = trained.weights[checkpoint.TABLE.format(name)], FRESH[name.partition("@")[0]]
+        kept = np.setdiff1d(np.arange(len(before)), fresh)
+        assert torch.equal(now.weights_RD[kept], before[kept])
+        assert torch.equal(now.state_R[kept], sums[name][kept] * 0.5)
+        assert (now.state_R[fresh] == 0.25).all()
+        if rule == "mean":
+            assert torch.equal(now.weights_RD[fresh], before[kept[1:]].mean(0).expand(len(fresh), -1))
+        else:
+            assert now.weights_RD[fresh].unique().numel() == len(fresh) * before.shape[1]
+    for name, parameter in sharded.dense.items():
+        assert torch.equal(parameter, trained.weights[name])
+        assert optimizer.state[parameter]["step"] > 0
+
+
+def test_a_drawn_row_follows_from_its_number_alone() -> None:
+    many = normal_rows(torch.arange(50_000), 8, 7)
+    assert torch.equal(normal_rows(torch.tensor([41, 7]), 8, 7), many[[41, 7]])
+    assert not torch.equal(normal_rows(torch.tensor([41, 7]), 8, 8), many[[41, 7]])
+    assert abs(float(many.mean())) < 0.01
+    assert abs(float(many.std()) - 1) < 0.01
+    assert abs(float(np.corrcoef(many[:-1, 0], many[1:, 0])[0, 1])) < 0.02
+
+
+def test_growth_that_the_fresh_rows_do_not_explain_is_refused(data: Any, tmp_path: Path) -> None:
+    trained = run(data, tmp_path / "state")
+    with pytest.raises(
+        ArtefactError, match=r"table 'a' holds \(20, 4\), the model needs \(22, 4\) of which 1 rows are new"
+    ):
+        start(grown(SCHEMA, 2), WarmStart(trained.state, {**FRESH, "a": np.array([20])}))
+    with pytest.raises(ArtefactError, match="train from the start"):
+        start(SCHEMA, WarmStart(trained.state, {"a": np.array([]), "bag": np.array([])}), AutoIntConfig(dim=8))
+
+
+def test_going_on_from_a_state_is_going_on(data: Any, tmp_path: Path) -> None:
+    """Two epochs are one epoch and, from its state, another: the same steps on the same rows."""
+    plain = replace(data[0], shuffle=False)
+    model = AUTOINT.model_copy(update={"attention_dropout": 0.0, "embedding_dropout": 0.0})
+    once = FAST.model_copy(update={"epochs": 1})
+    twice = train(model, SCHEMA, plain, None, FAST.model_copy(update={"epochs": 2}), tmp_path / "two")
+    first = train(model, SCHEMA, plain, None, once, tmp_path / "one")
+    warm = WarmStart(first.state, {"a": np.array([], np.int64), "bag": np.array([], np.int64)})
+    second = train(model, SCHEMA, plain, None, once, tmp_path / "again", warm=warm, identity="again")
+    assert same(second.weights, twice.weights)
+    assert not same(second.weights, first.weights)
+    assert second.best_epoch == 1
+    assert "objective" not in second.history[0]
