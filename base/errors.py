@@ -26,6 +26,10 @@ class IdError(DataError):
     """An id lies outside its embedding table."""
 
 
+class Superseded(UserError):  # noqa: N818  (no fault: there is nothing left to do)
+    """A later day has done this step's work already."""
+
+
 class ArtefactError(UserError):
     """A stored artefact is incomplete, altered, or belongs to something else."""
 

@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,11 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
+def published(folder: Path) -> list[Path]:
+    """The names published in `folder`, sorted."""
+    return sorted(p for p in folder.glob("*") if p.is_symlink()) if folder.is_dir() else []
+
+
 def versions_of(target: Path) -> list[Path]:
     """All published versions of `target`, oldest first."""
     found = [p for p in (target.parent / _VERSIONS).glob(f"{target.name}@*") if p.is_dir()]
@@ -174,6 +179,21 @@ def prune(target: Path, *, keep: int, spare: Sequence[str] = ()) -> None:
         for version in versions_of(target)[:-keep]:
             if version != current and version_name(version) not in spare:
                 _discard(version)
+
+
+def withdraw(target: Path) -> None:
+    """Remove a published name and all its versions; readers that followed it before see files vanish."""
+    versions = target.parent / _VERSIONS
+    with _Lock(versions):
+        target.unlink(missing_ok=True)
+        _sweep(versions, target.name)
+        for version in versions_of(target):
+            _discard(version)
+
+
+def bytes_of(target: Path) -> int:
+    """What all versions of a published name occupy."""
+    return sum(f.stat().st_size for v in versions_of(target) for f in v.rglob("*") if f.is_file())
 
 
 def version_name(folder: Path) -> str:
@@ -267,6 +287,19 @@ def _disk_error(error: Exception) -> int | None:
     found = re.search(r"\(os error (\d+)\)", str(error))
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     return number if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
+
+
+@contextmanager
+def exclusive(folder: Path, say: Callable[[str], None]) -> Generator[None]:
+    """Work in `folder` alone, on this machine or any that shares it; waits for whoever does, and says so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = _Lock(folder, wait=False)
+    except BlockingIOError:
+        say(f"waiting: another process works in {folder}")
+        lock = _Lock(folder)
+    with lock:
+        yield
 
 
 class _Lock:

@@ -22,7 +22,7 @@ from features.readers.coat import read_coat
 from features.readers.criteo import read_criteo
 from features.readers.movielens import read_movielens_1m
 from features.schema import carried
-from features.split import Day, RandomSplit, Split, days_of, names_of, rows_of
+from features.split import Day, EachDay, RandomSplit, Split, days_of, names_of, rows_of
 
 REASON = "__reason"
 """Why a row is set aside; null for a good one."""
@@ -99,9 +99,12 @@ class Data(Files):
     """Labels that become known late: a row's label counts so many days after the row, and is unknown until then."""
     observed_until: Day | None = None
     """The last day whose outcomes are in the log; needed where labels mature."""
+    without_log: tuple[Day, ...] = ()
+    """Days that have no log and never will, each `2026-03-01` or a range; any other day without rows is an error."""
     where: str | None = None
     """A SQL expression: the rows to train and to evaluate on. Scoring scores every row."""
-    split: Split
+    split: Split = EachDay()
+    """By day or at random; needed unless every step is given its --day."""
     max_bad_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Above this share of bad rows a step refuses; below it they are counted and set aside."""
 
@@ -112,12 +115,31 @@ class Data(Files):
                 raise ValueError(f"{setting} names {unknown[0]!r}, which is none of the labels {list(self.labels)}")
         if len(self.funnel) == 1 or len(set(self.funnel)) < len(self.funnel):
             raise ValueError(f"funnel = {list(self.funnel)}: name two or more labels, in their order, each once")
-        if self.matures_after_days and (self.time is None or self.observed_until is None):
+        unseen = self.observed_until is None and not isinstance(self.split, EachDay)
+        if self.matures_after_days and (self.time is None or unseen):
             absent = "time" if self.time is None else "observed_until"
             raise ValueError(f"matures_after_days needs data.{absent}: a label is known that many days after its row")
+        for text in self.without_log:
+            days_of(text)
         if self.observed_until is not None and len(days_of(self.observed_until)) != 1:
             raise ValueError(f"observed_until = {self.observed_until!r}: write one day, 2026-03-01")
         return self
+
+    @cached_property
+    def _skipped(self) -> frozenset[date]:
+        return frozenset(day for text in self.without_log for day in days_of(text))
+
+    def days(self, first: date, last: date) -> list[date]:
+        """The days with a log from `first` to `last`, both included."""
+        all_days = (first + timedelta(days=n) for n in range((last - first).days + 1))
+        return [day for day in all_days if day not in self._skipped]
+
+    def day_before(self, day: date, days: int = 1) -> date:
+        """The day so many days with a log earlier."""
+        while days:
+            day -= timedelta(days=1)
+            days -= day not in self._skipped
+        return day
 
     def immature(self, partition: str) -> tuple[str, ...]:
         """Labels of a day's partition that are not known yet."""
@@ -129,7 +151,7 @@ class Data(Files):
 
     def recipe(self, partition: str) -> dict[str, Any]:
         """What decides, beside the raw files, which rows of a partition are good and what their labels are."""
-        free = {"path", "max_bad_share", "observed_until"}
+        free = {"path", "max_bad_share", "observed_until", "without_log"}
         described = self.model_dump(mode="json", exclude=free | {"split"} if self.split.by_day else free)
         seen = self.immature(partition) if self.split.by_day else self.observed_until
         return described | {"immature": seen}
@@ -147,7 +169,8 @@ class Source:
         """Names of the partitions of a role, in order of time: `day=2026-03-01` or `split=train`."""
         if self.data.time is None and self.data.split.by_day:
             raise ConfigError("data.split names days, but data.time is not given; name the time column")
-        return names_of(self.data.split, role)
+        skipped = {f"day={day}" for text in self.data.without_log for day in days_of(text)}
+        return [name for name in names_of(self.data.split, role) if name not in skipped]
 
     def raw(self, partition: str) -> pl.LazyFrame:
         """Every raw row of a partition, joined with the tables; for scoring."""

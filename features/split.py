@@ -44,6 +44,18 @@ class DaySplit(Config):
         return self
 
 
+class EachDay(Config):
+    """Days without roles: which day does what follows from the day that a step is run for."""
+
+    train: None = None
+    valid: None = None
+    test: None = None
+
+    @property
+    def by_day(self) -> bool:
+        return True
+
+
 class RandomSplit(Config):
     """Shares of the rows, drawn by a seeded hash of `by`: independent of file order and repeatable."""
 
@@ -67,11 +79,13 @@ class RandomSplit(Config):
 
 def _kind(value: Any) -> str:
     train: Any = value.get("train") if isinstance(value, dict) else getattr(value, "train", None)  # pyright: ignore
+    if isinstance(value, EachDay) or (isinstance(value, dict) and value and not any(value.values())):  # pyright: ignore
+        return "each"
     return "days" if isinstance(train, str | date) else "random"
 
 
 Split = Annotated[
-    Annotated[DaySplit, Tag("days")] | Annotated[RandomSplit, Tag("random")],
+    Annotated[DaySplit, Tag("days")] | Annotated[RandomSplit, Tag("random")] | Annotated[EachDay, Tag("each")],
     Discriminator(_kind),
 ]
 
@@ -88,7 +102,9 @@ def days_of(text: str) -> list[date]:
 
 
 def names_of(split: Split, role: Role) -> list[str]:
-    """Partition names of a role, in order; empty if the split has none."""
+    """Partition names of a role, in order; empty if the split has none. Raises ConfigError if there are no roles."""
+    if isinstance(split, EachDay):
+        raise ConfigError("data.split is not given: name the days or shares of train, valid and test, or pass --day")
     share = getattr(split, role)
     if not share:
         return []
@@ -100,7 +116,7 @@ def rows_of(
 ) -> pl.LazyFrame:
     """The rows of one partition. Raises ConfigError if the name is not one that this split gives."""
     name, _, value = partition.partition("=")
-    if isinstance(split, DaySplit):
+    if not isinstance(split, RandomSplit):
         if name != "day" or day is None:
             raise ConfigError(f"partition {partition!r}: this log is split by day; write day=2026-03-01")
         try:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from base.config import load_config
-from base.errors import UserError
+from base.errors import Superseded, UserError
 
 if TYPE_CHECKING:
     from pipelines.config import Run
 
-NOT_PROMOTED = 99
-"""Exit status of `promote` when the gate refuses; Airflow shows it as skipped, not failed."""
+NOT_PROMOTED = SUPERSEDED = 99
+"""Exit status of `promote` when the gate refuses, and of a step that a later day has done; Airflow shows a skip."""
 
 
 @click.group()
@@ -33,11 +33,24 @@ def verb(function: Callable[..., None]) -> click.Command:
     """A command over a run file: --config and --set become a Run; errors become one line and exit status 2."""
 
     @wraps(function)
-    def call(config: Path, settings: tuple[str, ...], **options: Any) -> None:
+    def call(
+        config: Path, settings: tuple[str, ...], day: str | None = None, full: bool = False, **options: Any
+    ) -> None:
         with _reported():
+            from base.errors import ConfigError
+            from features.split import days_of
             from pipelines.config import Run
 
-            function(load_config(Run, config, settings), **options)
+            run = load_config(Run, config, settings)
+            if day is not None:
+                try:
+                    (wanted,) = days_of(day)
+                except ValueError:
+                    raise ConfigError(f"--day {day!r} is not a day: write --day 2026-03-07") from None
+                run = run.on(wanted, full=full)
+            elif full:
+                raise ConfigError("--full is a form of --day: pass both")
+            function(run, **options)
 
     config = click.option("--config", type=click.Path(path_type=Path), required=True, help="The run file (TOML).")
     settings = click.option(
@@ -46,27 +59,84 @@ def verb(function: Callable[..., None]) -> click.Command:
     return main.command()(config(settings(call)))
 
 
+day_option = click.option("--day", metavar="DAY", help="The day to live through, e.g. 2026-03-07; see [daily].")
+full_option = click.option("--full", is_flag=True, help="With --day: fit and train anew on a window of days.")
 partition_option = click.option("--partition", help="e.g. day=2026-03-07; by default the test rows of the split.")
+given_partition_option = click.option("--partition", required=True, help="e.g. day=2026-03-07")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is published there.")
 
 
 @verb
 @overwrite_option
+@day_option
+@full_option
 def prepare(run: "Run", overwrite: bool) -> None:
-    """Fit the features, write the examples of training and validation."""
+    """Fit the features, or extend those of the day before; write the examples."""
+    from pipelines.daily import prepare_day
     from pipelines.prepare import prepare
 
-    prepare(run, overwrite=overwrite)
+    if run.day is None:
+        prepare(run, overwrite=overwrite)
+    else:
+        prepare_day(run)
 
 
 @verb
+@day_option
+@full_option
+def plan(run: "Run") -> None:
+    """Print, as JSON, which partitions `prepare --day` would count and encode."""
+    from pipelines.daily import plan
+
+    click.echo(plan(run).model_dump_json())
+
+
+@verb
+@day_option
+@full_option
+@given_partition_option
+def count(run: "Run", partition: str) -> None:
+    """The first part of `prepare --day`: one partition's integer statistics."""
+    from pipelines.daily import count
+
+    count(run, partition)
+
+
+@verb
+@day_option
+@full_option
+def fit(run: "Run") -> None:
+    """The second part of `prepare --day`: features from what was counted."""
+    from pipelines.daily import fit
+
+    fit(run)
+
+
+@verb
+@day_option
+@full_option
+@given_partition_option
+def encode(run: "Run", partition: str) -> None:
+    """The third part of `prepare --day`: one partition's examples."""
+    from pipelines.daily import encode
+
+    encode(run, partition)
+
+
+@verb
+@day_option
+@full_option
 def train(run: "Run") -> None:
     """Train, register as challenger. Killed, it goes on from its last checkpoint."""
     from pipelines.progress import Ticker
     from pipelines.train import train
+    from pipelines.train_day import train_day
 
     ticker = Ticker(run.name or run.model.name)
-    train(run, on_step=ticker.on_step)
+    if run.day is None:
+        train(run, on_step=ticker.on_step)
+    else:
+        train_day(run, on_step=ticker.on_step)
     ticker.close()
 
 
@@ -117,6 +187,15 @@ def report(run: "Run", partition: str | None) -> None:
     from pipelines.report import report
 
     click.echo(report(run, partition=partition))
+
+
+@verb
+@click.option("--keep", type=click.IntRange(min=1), required=True, metavar="DAYS", help="How many days to keep.")
+def clean(run: "Run", keep: int) -> None:
+    """Remove what days long past left behind; never what a model in use or the next day needs."""
+    from pipelines.clean import clean
+
+    clean(run, keep=keep)
 
 
 @main.command()
@@ -180,6 +259,9 @@ def _reported() -> Iterator[None]:
     _quiet()
     try:
         yield
+    except Superseded as news:
+        click.echo(str(news), err=True)
+        sys.exit(SUPERSEDED)
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

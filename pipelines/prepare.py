@@ -1,7 +1,7 @@
 """prepare: raw partitions in, fitted features and partitions of examples out."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = p
         present = source.checked(training[0]).collect_schema().names()
     require(run.evaluate.columns, present, "evaluate")  # before hours of training, not after
     undated = source.undated()
-    counts = {partition: _check(run, partition) for partition in [*training, *source.partitions("valid")]}
+    counts = {partition: check_rows(run, partition) for partition in [*training, *source.partitions("valid")]}
     good = sum(c["good"] for p, c in counts.items() if p in training)
     for role in ("train", "valid"):
         for label in run.labels:
@@ -46,42 +46,67 @@ def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = p
     fitted = _fit(run, training, identity, overwrite=overwrite, say=say)
     for partition in counts:
         target = run.examples_path(partition)
-        raw = source.fingerprint(partition)
-        about = {"partition": partition, "pipeline": fitted.version, "raw": raw, "log": _log_of(run, partition)}
-        folder = _whole(target, "examples", overwrite=overwrite)
-        if folder and _about(folder) == about:
-            say(f"{partition}: examples are there already")
-            continue
-        with publish(target, "examples", overwrite=overwrite) as staging:
-            staging.about.update(about, rows=counts[partition]["good"], bad=counts[partition]["bad"])
-            _write(run, fitted, partition, staging)
-        reasons = "".join(f"; set aside {n} x {r}" for r, n in counts[partition]["bad"].items())
-        reasons += f" -> {target}/rejected.parquet" if reasons else ""
-        unknown = "".join(f"; {label} not known yet of {n:,}" for label, n in counts[partition]["unknown"].items() if n)
-        say(f"{partition}: {counts[partition]['good']:,} examples{unknown}{reasons}")
+        write_examples(run, fitted, partition, target, counts[partition], overwrite=overwrite, say=say)
     return fitted
 
 
-def examples_of(run: Run, partitions: list[str], fitted: FittedPipeline) -> list[Path]:
+def write_examples(
+    run: Run,
+    fitted: FittedPipeline,
+    partition: str,
+    target: Path,
+    counts: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Publish one partition's examples, unless they are there already. `counts`: what `check_rows` found."""
+    about = examples_about(run, fitted.version, partition)
+    folder = _whole(target, "examples", overwrite=overwrite)
+    if folder and about.items() <= read_manifest(folder).about.items():
+        say(f"{partition}: examples are there already")
+        return
+    with publish(target, "examples", overwrite=overwrite) as staging:
+        staging.about.update(about, rows=counts["good"], bad=counts["bad"])
+        _write(run, fitted, partition, staging)
+    reasons = "".join(f"; set aside {n} x {r}" for r, n in counts["bad"].items())
+    reasons += f" -> {target}/rejected.parquet" if reasons else ""
+    unknown = "".join(f"; {label} not known yet of {n:,}" for label, n in counts["unknown"].items() if n)
+    say(f"{partition}: {counts['good']:,} examples{unknown}{reasons}")
+
+
+def examples_about(run: Run, features: str, partition: str) -> dict[str, Any]:
+    """What decides a partition's examples: if it is the same, so are they."""
+    seen = run.data.recipe(partition)["immature"]
+    return {
+        "partition": partition,
+        "pipeline": features,
+        "raw": run.source.fingerprint(partition),
+        "log": log_of(run, partition),
+        "immature": list(seen) if isinstance(seen, tuple) else seen,
+    }
+
+
+def examples_of(
+    run: Run, partitions: list[str], fitted: FittedPipeline, path_of: Callable[[str], Path] | None = None
+) -> list[Path]:
     """The example files of partitions, in order.
 
     Raises ArtefactError if one is damaged, DataError if their ids mean something else to `fitted`.
     """
     files: list[Path] = []
     for partition in partitions:
-        folder = resolve(run.examples_path(partition), "examples")
+        path = (path_of or run.examples_path)(partition)
+        folder = resolve(path, "examples")
         about = verify(folder).about
         version = about["pipeline"]
-        if about.get("log") != _log_of(run, partition):
+        if about.get("log") != log_of(run, partition) or not _as_mature(run, partition, about.get("immature")):
             raise DataError(
-                f"{run.examples_path(partition)}: made with other [data], [[tables]] or [derive] settings, so its "
+                f"{path}: made with other [data], [[tables]] or [derive] settings, so its "
                 "rows or labels may differ; run `recsys prepare --overwrite`"
             )
         if version not in fitted.accepts:
-            raise DataError(
-                f"{run.examples_path(partition)}: made by features {version}, the fitted ones are {fitted.version}; "
-                "run `recsys prepare --overwrite`"
-            )
+            raise DataError(f"{path}: {fitted.explain(version)}; run `recsys prepare --overwrite`")
         files += sorted(folder.glob("part-*.parquet"))
     return files
 
@@ -91,7 +116,7 @@ def _fit(
 ) -> FittedPipeline:
     target = run.features_path
     about: dict[str, Any] = {
-        "fitted_on": {p: {"sha256": identity[p], "log": _log_of(run, p, labels=False)} for p in training},
+        "fitted_on": {p: {"sha256": identity[p], "log": log_of(run, p)} for p in training},
     }
     if folder := _whole(target, "features", overwrite=overwrite):
         stored = FittedPipeline.load(folder)
@@ -100,7 +125,7 @@ def _fit(
             return stored
     with publish(target, "features", overwrite=overwrite) as staging:
         with explained("fitting features"):
-            fitted = run.pipeline.fit(_good(run, p) for p in training)
+            fitted = run.pipeline.fit(good_rows(run, p) for p in training)
         fitted.save(staging)
         staging.about.update(about)
     sizes = ", ".join(f"{f.name} {f.rows:,}" for f in fitted.sparse)
@@ -108,22 +133,29 @@ def _fit(
     return fitted
 
 
-def _good(run: Run, partition: str) -> pl.LazyFrame:
+def good_rows(run: Run, partition: str) -> pl.LazyFrame:
     return run.source.checked(partition).filter(pl.col(REASON).is_null())
 
 
-def _log_of(run: Run, partition: str, *, labels: bool = True) -> str:
-    """Hash of the settings, beside the files, that decide a partition's rows and, unless told not to, its labels."""
-    recipe = run.data.recipe(partition)
+def log_of(run: Run, partition: str) -> str:
+    """Hash of the settings, beside the files and what is observed by now, that decide a partition's rows and labels."""
     settings = {
-        "data": recipe if labels else {k: v for k, v in recipe.items() if k != "immature"},
+        "data": {k: v for k, v in run.data.recipe(partition).items() if k != "immature"},
         "tables": [table.model_dump(mode="json", exclude={"path"}) for table in run.tables],
         "derive": run.derive,
     }
     return hashlib.sha256(dump_json(settings)).hexdigest()[:16]
 
 
-def _check(run: Run, partition: str) -> dict[str, Any]:
+def _as_mature(run: Run, partition: str, immature: Any) -> bool:
+    """Whether examples know all labels that this run knows; those of a daily run may know more."""
+    seen = run.data.recipe(partition)["immature"]
+    if run.day is None or not isinstance(seen, tuple):
+        return immature == (list(seen) if isinstance(seen, tuple) else seen)
+    return set(immature) <= set(seen)
+
+
+def check_rows(run: Run, partition: str) -> dict[str, Any]:
     """Rows to learn from, and bad ones by reason."""
     with explained(f"{run.data.path}, {partition}"):
         marked = run.source.checked(partition)
@@ -153,7 +185,7 @@ def _limit(run: Run, where: str, bad: int, good: int, reasons: dict[str, int]) -
 def _write(run: Run, fitted: FittedPipeline, partition: str, staging: Staging) -> None:
     labels = [carried(label) for label in run.labels]
     with explained(f"{run.data.path}, {partition}"):
-        examples = fitted.transform(_good(run, partition), keep=labels)
+        examples = fitted.transform(good_rows(run, partition), keep=labels)
         examples.sink_parquet(
             staging / "part-00000.parquet", row_group_size=ROW_GROUP, compression="lz4", statistics=False
         )
@@ -176,8 +208,3 @@ def _whole(target: Path, kind: str, *, overwrite: bool) -> Path | None:
             raise
         return None
     return folder
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    about = read_manifest(folder).about
-    return {key: about.get(key) for key in ("partition", "pipeline", "raw", "log")}

@@ -1,7 +1,7 @@
 """train: prepared examples in; a bundle, an MLflow run and a registered challenger out."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from pipelines.measure import check_outputs, scored_table
 from pipelines.prepare import examples_of
 from pipelines.tracking import registry_of
 from recsys import trainer
-from recsys.bundle import Bundle, golden_rows, load_model
+from recsys.bundle import NOWHERE, Bundle, Origin, golden_rows, load_model
 from recsys.calibration import Calibrator, fit_calibrator
 from recsys.data import ExampleStream
 from recsys.device import pick_device
-from recsys.metrics import in_space
+from recsys.metrics import evaluate, headline, in_space
+from recsys.registry import ModelRegistry, Registered
 from recsys.trainer import Progress, Trained
 
 GOLDEN_ROWS = 64
@@ -45,13 +46,22 @@ def train(
         raise DataError(
             f"{run.features_path}: fitted from other [[features]] or [derive]; run `recsys prepare --overwrite`"
         )
-    schema = run.schema_of(fitted)
+    trained, examples = fit_window(run, fitted, run.examples_path, on_step=on_step)
+    bundle = make_bundle(run, fitted, trained)
+    _say(run, trained, bundle, say)
+    register(run, registry, bundle, trained, examples, say)
+    return trained
+
+
+def fit_window(
+    run: Run, fitted: FittedPipeline, path_of: Callable[[str], Path], *, on_step: Callable[[Progress], None]
+) -> tuple[Trained, dict[str, dict[str, Any]]]:
+    """Train from nothing on the training partitions; also what is known of the examples, by partition."""
     training, validation = run.source.partitions("train"), run.source.partitions("valid")
-    folders = {
-        p: resolve(run.examples_path(p), "examples", made_by="`recsys prepare`") for p in [*training, *validation]
-    }
+    folders = {p: resolve(path_of(p), "examples", made_by="`recsys prepare`") for p in [*training, *validation]}
+    schema = run.schema_of(fitted)
     fit = ExampleStream(
-        tuple(examples_of(run, training, fitted)),
+        tuple(examples_of(run, training, fitted, path_of)),
         schema,
         run.train.batch_size,
         shuffle=True,
@@ -59,8 +69,7 @@ def train(
         window=run.train.shuffle_window,
         sampled=True,
     )
-    valid = ExampleStream(tuple(examples_of(run, validation, fitted)), schema, run.train.batch_size)
-    identity = hashlib.sha256(dump_json({p: f.name for p, f in folders.items()})).hexdigest()
+    valid = ExampleStream(tuple(examples_of(run, validation, fitted, path_of)), schema, run.train.batch_size)
     trained = trainer.train(
         run.model,
         schema,
@@ -69,23 +78,34 @@ def train(
         run.train,
         run.folder / "training",
         device=pick_device(run.device),
-        identity=identity,
+        identity=hashlib.sha256(dump_json({p: f.name for p, f in folders.items()})).hexdigest(),
         on_step=on_step,
     )
-    bundle = _bundle(run, fitted, trained)
-    say(
-        f"{run.name or run.model.name}: best epoch {trained.best_epoch} of {len(trained.history)}, "
-        f"{trained.rows_per_second:,.0f} rows/s, bundle {bundle.version}"
-    )
-    with registry.run(registry.run_of_training(bundle.version), name=run.name or run.model.name) as active:
+    return trained, {p: read_manifest(f).about for p, f in folders.items()}
+
+
+def register(
+    run: Run,
+    registry: ModelRegistry,
+    bundle: Bundle,
+    trained: Trained,
+    examples: Mapping[str, Mapping[str, Any]],
+    say: Callable[[str], None],
+) -> Registered:
+    """Log the run to MLflow and register its bundle as the challenger; once, whatever retries happen."""
+    name = run.name or run.model.name
+    with registry.run(
+        registry.run_of_training(bundle.version), name=f"{name} {run.key}" if run.key else name
+    ) as active:
         mlflow.set_tag("training", bundle.version)
-        _log(run, trained, {p: read_manifest(f).about for p, f in folders.items()})
+        _log(run, trained, bundle.metrics["history"], examples)
         registered = registry.register(bundle, resolve(run.bundle_path), Path(served.__file__), active.info.run_id)
     say(f"registered {registry.name} version {registered.version} as challenger")
-    return trained
+    return registered
 
 
-def _bundle(run: Run, fitted: FittedPipeline, trained: Trained) -> Bundle:
+def make_bundle(run: Run, fitted: FittedPipeline, trained: Trained, origin: Origin = NOWHERE) -> Bundle:
+    """Calibrate, take golden rows, publish. Where training had no validation rows, they are measured here."""
     schema = run.schema_of(fitted)
     model = load_model(run.model, schema, trained.weights, where=run.folder / "training")
     bundle = Bundle(
@@ -96,11 +116,25 @@ def _bundle(run: Run, fitted: FittedPipeline, trained: Trained) -> Bundle:
         settings=run.model_dump(mode="json"),
         metrics={"best_epoch": trained.best_epoch, "history": trained.history, "curve": trained.curve},
         golden=pl.DataFrame(),
+        origin=origin,
     )
+    if trained.history and "objective" not in trained.history[-1]:
+        found = evaluate(scored_table(run, bundle, run.source.partitions("valid")), bundle.outputs)
+        measured = {f"{o.name}.{k}": v for o in bundle.outputs for k, v in headline(found, o.name).items()}
+        bundle = replace(
+            bundle, metrics={**bundle.metrics, "history": [*trained.history[:-1], trained.history[-1] | measured]}
+        )
     bundle = replace(bundle, calibrators=_calibrators(run, bundle))
     held_out = run.source.checked(run.source.partitions("valid")[0]).filter(pl.col(REASON).is_null())
     raw = held_out.select(bundle.inputs).head(GOLDEN_ROWS).collect()
     return replace(bundle, golden=golden_rows(bundle, raw)).save(run.bundle_path, overwrite=True)
+
+
+def _say(run: Run, trained: Trained, bundle: Bundle, say: Callable[[str], None]) -> None:
+    say(
+        f"{run.name or run.model.name}: best epoch {trained.best_epoch} of {len(trained.history)}, "
+        f"{trained.rows_per_second:,.0f} rows/s, bundle {bundle.version}"
+    )
 
 
 def _calibrators(run: Run, bundle: Bundle) -> dict[str, Calibrator]:
@@ -120,12 +154,14 @@ def _calibrators(run: Run, bundle: Bundle) -> dict[str, Calibrator]:
     return fitted
 
 
-def _log(run: Run, trained: Trained, examples: dict[str, dict[str, Any]]) -> None:
+def _log(
+    run: Run, trained: Trained, history: Sequence[Mapping[str, float]], examples: Mapping[str, Mapping[str, Any]]
+) -> None:
     """Parameters, metrics per epoch, the resolved configuration, and which data it was."""
     settings = run.model_dump(mode="json")
     parameters = {f"{part}.{key}": value for part in ("model", "train") for key, value in settings[part].items()}
     mlflow.log_params({key: str(value)[:500] for key, value in parameters.items()})
-    for entry in trained.history:
+    for entry in history:
         mlflow.log_metrics({k: v for k, v in entry.items() if k != "epoch"}, step=int(entry["epoch"]))
     mlflow.log_metrics({"best_epoch": trained.best_epoch})
     if trained.rows_per_second:

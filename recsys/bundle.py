@@ -12,10 +12,12 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from base.config import Config
 from base.errors import ArtefactError, DataError
 from base.storage import Staging, dump_json, is_published, publish, resolve, verify
 from features.pipeline import FittedPipeline
 from features.schema import Output, Schema
+from features.split import Day
 from recsys.calibration import Calibrator, calibrated
 from recsys.data import IdCount, IdPolicy, batches, to_columns
 from recsys.device import CPU
@@ -28,6 +30,23 @@ _CALIBRATORS: TypeAdapter[dict[str, Calibrator]] = TypeAdapter(dict[str, Calibra
 _ROWS = "golden.parquet"
 _CALIBRATION = "calibration.json"
 _GOLDEN_TOLERANCE = 1e-6
+
+
+class Origin(Config):
+    """Which days a bundle has seen; all None where days play no part."""
+
+    day: Day | None = None
+    """The day that it was made to be judged on."""
+    line: str | None = None
+    """The day of the full training that its ids go back to."""
+    trained_to: Day | None = None
+    """The last day that it was trained on."""
+    calibrated_on: Day | None = None
+    """The day that it was calibrated on, and whose rows are its golden ones."""
+
+
+NOWHERE = Origin()
+"""Of a bundle that knows no days."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,7 @@ class Bundle:
     """A few raw rows with the probabilities they must get."""
     calibrators: Mapping[str, Calibrator] = field(default_factory=dict[str, Calibrator])
     """By output: what turns the model's probability into a calibrated one; applied wherever the bundle scores."""
+    origin: Origin = NOWHERE
     version: str = ""
     """Content hash of the stored bundle; empty before it is saved."""
     device: torch.device = CPU
@@ -121,6 +141,7 @@ class Bundle:
             "model": self.model_config.model_dump(mode="json"),
             "settings": self.settings,
             "metrics": self.metrics,
+            "origin": self.origin.model_dump(mode="json"),
         }
         if self.calibrators:
             about["calibration"] = {name: c.model_dump(mode="json") for name, c in self.calibrators.items()}
@@ -157,6 +178,7 @@ class Bundle:
             settings=_json(folder / "settings.json"),
             metrics=_json(folder / "metrics.json"),
             golden=_table(folder / _ROWS),
+            origin=_json(folder / "origin.json", Origin.model_validate),
             calibrators=_calibrators(folder) if _CALIBRATION in manifest.files else {},
             version=manifest.version,
         )

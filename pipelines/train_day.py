@@ -1,0 +1,168 @@
+"""train --day: go on from the state of the day before, or with --full begin anew; then bundle and register.
+
+One training at a time works in an output folder, and days are trained in their order, whatever order runs come in: a
+run trains all days that are missing up to its own; a run whose day lies behind what is trained is superseded.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from base.errors import DataError, Superseded
+from base.storage import dump_json, exclusive, is_published, publish, read_manifest, resolve, verify, version_name
+from features.pipeline import changed_rows
+from pipelines.config import Run
+from pipelines.line import Line, adopt, current_line, line_of
+from pipelines.measure import check_outputs
+from pipelines.prepare import examples_of
+from pipelines.tracking import registry_of
+from pipelines.train import fit_window, make_bundle, register
+from recsys import trainer
+from recsys.bundle import Origin
+from recsys.checkpoint import WarmStart
+from recsys.data import ExampleStream
+from recsys.device import pick_device
+from recsys.registry import Registered
+from recsys.tensors import load_tensors
+from recsys.trainer import Progress, Trained
+
+Say = Callable[[str], None]
+OnStep = Callable[[Progress], None]
+
+
+def train_day(run: Run, *, on_step: OnStep = lambda _: None, say: Say = print) -> Registered:
+    """Train to two days before the run's day, calibrate on the day before it, register as challenger.
+
+    Raises Superseded if later days are trained already, ArtefactError or DataError if a day is not prepared.
+    """
+    check_outputs(run)
+    registry = registry_of(run)  # first: hours of training should not end in a refused connection
+    with exclusive(run.output / "training", say):
+        line = line_of(run)
+        state = _full(run, line, on_step, say) if run.full else _in_order(run, line, on_step, say)
+        trained, examples = _read(state)
+        calibrated_on = str(run.data.day_before(run.on_day))
+        origin = Origin(day=run.day, line=line.name, trained_to=str(run.trained_to), calibrated_on=calibrated_on)
+        bundle = make_bundle(run, line.features(run.trained_to), trained, origin)
+        say(f"{run.key}: trained to {run.trained_to}, calibrated on {calibrated_on}, bundle {bundle.version}")
+        if run.full and current_line(run) is None:
+            adopt(run, line)  # the first: there is nothing that it could be worse than
+    return register(run, registry, bundle, trained, examples, say)
+
+
+def _full(run: Run, line: Line, on_step: OnStep, say: Say) -> Path:
+    """The state after a training from nothing on the window."""
+    target = line.state_path(run.trained_to)
+    if is_published(target) and line.days("features")[-1] > run.trained_to:
+        say(f"{run.key}: trained already, and the line has gone on from it")
+        return resolve(target)
+    fitted = line.features(run.trained_to)
+    folders = [
+        resolve(line.examples_path(p), "examples", made_by="`recsys prepare --full`").name
+        for p in (*run.source.partitions("train"), *run.source.partitions("valid"))
+    ]
+    decides = {"model": run.model.model_dump(mode="json"), "train": run.train.model_dump(mode="json")}
+    identity = _hash({**decides, "examples": folders, "sampling": run.sampling.negative_rate})
+    if is_published(target) and verify(resolve(target, "state")).about["identity"] == identity:
+        say(f"{run.key}: trained already")
+        return resolve(target)
+    trained, examples = fit_window(run, fitted, line.examples_path, on_step=on_step)
+    return _keep(line, run.trained_to, trained, identity, examples, say)
+
+
+def _in_order(run: Run, line: Line, on_step: OnStep, say: Say) -> Path:
+    """The state of the run's last training day, after one pass over every day that was not trained yet."""
+    states = line.days("states")
+    if not states:
+        raise DataError(
+            f"line {line.name}: its full training is not finished; run `recsys train --day {line.name} --full`"
+        )
+    if run.trained_to < states[-1] and not is_published(run.bundle_path):
+        raise Superseded(
+            f"day {run.day}: its model would be trained to {run.trained_to}, but line {line.name} is trained to "
+            f"{states[-1]} already; a later model takes its place"
+        )
+    if run.trained_to < states[0]:
+        raise DataError(
+            f"line {line.name} begins with a model of {states[0]}, trained to a later day than {run.day} needs"
+        )
+    for day in run.data.days(states[-1], run.trained_to)[1:]:
+        _pass_over(run, line, day, on_step, say)
+    return resolve(line.state_path(run.trained_to), "state", made_by="`recsys train` of a later day")
+
+
+def _pass_over(run: Run, line: Line, day: date, on_step: OnStep, say: Say) -> None:
+    """Train on one day more: one pass, without early stopping, since tomorrow brings the next."""
+    partition, before = f"day={day}", line.days("states")[-1]
+    state = resolve(line.state_path(before), "state")
+    verify(state)
+    fitted, known = line.features(day), line.features(before)
+    files = examples_of(run, [partition], fitted, line.examples_path)
+    schema = run.schema_of(fitted)
+    fit = ExampleStream(
+        tuple(files),
+        schema,
+        run.train.batch_size,
+        shuffle=True,
+        seed=run.train.seed + day.toordinal(),
+        window=run.train.shuffle_window,
+        sampled=True,
+    )
+    warm = WarmStart(state, changed_rows(known, fitted), run.daily.new_rows, run.daily.accumulator_decay)
+    example = resolve(line.examples_path(partition))
+    rule = run.daily.model_dump(mode="json", include={"new_rows", "accumulator_decay"})
+    identity = _hash({"state": version_name(state), "examples": example.name, **rule})
+    trained = trainer.train(
+        run.model,
+        schema,
+        fit,
+        None,
+        run.train.model_copy(update={"epochs": 1}),
+        run.folder / "training",
+        device=pick_device(run.device),
+        identity=identity,
+        warm=warm,
+        on_step=on_step,
+    )
+    _keep(line, day, trained, identity, {partition: read_manifest(example).about}, say)
+
+
+def _keep(line: Line, day: date, trained: Trained, identity: str, examples: Mapping[str, Any], say: Say) -> Path:
+    """Publish a state under its day; training's own copy goes with the next one."""
+    about = {
+        "identity": identity,
+        "examples": examples,
+        "history": trained.history,
+        "curve": trained.curve,
+        "best_epoch": trained.best_epoch,
+        "rows_per_second": trained.rows_per_second,
+    }
+    target = line.state_path(day)
+    with publish(target, "state", overwrite=True, keep=1) as staging:
+        for file in read_manifest(trained.state).files:
+            shutil.copyfile(trained.state / file, staging / file)
+        staging.about.update(about)
+    say(f"day={day}: trained, {trained.rows_per_second:,.0f} rows/s, loss {trained.history[-1]['train_loss']:.4f}")
+    return resolve(target)
+
+
+def _read(state: Path) -> tuple[Trained, dict[str, dict[str, Any]]]:
+    """What `_keep` published."""
+    about = verify(state).about
+    trained = Trained(
+        weights=load_tensors(state / "weights"),
+        state=state,
+        history=about["history"],
+        curve=[(epoch, loss) for epoch, loss in about["curve"]],
+        best_epoch=about["best_epoch"],
+        rows_per_second=about["rows_per_second"],
+        resumed_at=0,
+    )
+    return trained, about["examples"]
+
+
+def _hash(parts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(dump_json(parts)).hexdigest()[:16]
