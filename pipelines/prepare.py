@@ -79,8 +79,7 @@ def examples_of(run: Run, partitions: list[str], fitted: FittedPipeline) -> list
             )
         if version not in fitted.accepts:
             raise DataError(
-                f"{run.examples_path(partition)}: made by features {version}, the fitted ones are {fitted.version}; "
-                "run `recsys prepare --overwrite`"
+                f"{run.examples_path(partition)}: {fitted.explain(version)}; run `recsys prepare --overwrite`"
             )
         files += sorted(folder.glob("part-*.parquet"))
     return files
