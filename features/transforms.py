@@ -6,6 +6,8 @@ uses. Every transform declares one result for a missing value; NaN and infinitie
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
 from typing import Annotated, ClassVar, Literal, Self
 
 import polars as pl
@@ -22,6 +24,16 @@ UNKNOWN = 0
 
 _LOOKUP_BY_JOIN = 200_000
 # Entries above which a lookup is a join: measured on 2M rows, replacing is 2x faster at 24k, a join 3x faster at 10M.
+
+
+@dataclass(frozen=True)
+class Today:
+    """When counts are settled."""
+
+    day: date | None = None
+    """The last day counted; None where days play no part."""
+    recycle_after_days: int | None = None
+    """The age from which a tombstone's row may be given to another id; None: never."""
 
 
 class Transform(Config, ABC):
@@ -52,8 +64,16 @@ class Transform(Config, ABC):
         """The statistics of the union of partitions; independent of their order."""
 
     @abstractmethod
-    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None) -> pl.DataFrame:
+    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None, today: Today) -> pl.DataFrame:
         """What `apply` needs, from merged counts; with `previous`, what it becomes when new days arrive."""
+
+    def changed(self, before: pl.DataFrame, after: pl.DataFrame) -> pl.Series:
+        """Rows of the table after extending (Int64, ascending) that are new, or another id's than before."""
+        return pl.Series(dtype=pl.Int64)
+
+    def crossing(self, before: pl.DataFrame, after: pl.DataFrame) -> date | None:
+        """The day of the latest tombstone whose row one extension has given away; None if it gave none."""
+        return None
 
     @abstractmethod
     def apply(self, frame: pl.LazyFrame, learned: pl.DataFrame) -> pl.LazyFrame:
@@ -118,7 +138,7 @@ class _Scaled(_OfNumber, ABC):
             pl.col("rows").sum(), pl.col("sum").sum(), pl.col("sum_squares").sum(), pl.col("largest").max()
         )
 
-    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None) -> pl.DataFrame:
+    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None, today: Today) -> pl.DataFrame:
         if previous is not None:
             return previous  # the scale of yesterday's examples stays
         largest = counts["largest"].item() * self.resolution
@@ -173,8 +193,10 @@ class Log(_Scaled):
         x = number(self.column)
         return pl.when(x > 2).then(x.log() ** 2).otherwise(x)
 
-    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None) -> pl.DataFrame:
-        return super().settle(counts, previous) if self.standardise else counts if previous is None else previous
+    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None, today: Today) -> pl.DataFrame:
+        if self.standardise:
+            return super().settle(counts, previous, today)
+        return counts if previous is None else previous
 
     def moments(self, learned: pl.DataFrame) -> tuple[float, float]:
         return super().moments(learned) if self.standardise else (0.0, 1.0)
@@ -256,55 +278,112 @@ class _Ids(Transform, ABC):
 class Vocabulary(_Ids):
     """Ids 1..n for values seen at least `min_count` times, most frequent first; row 0 for all others.
 
-    It only grows: an id, once given, never moves, and counts of rarer values are kept until they suffice.
+    An id, once given, never moves, and counts of rarer values are kept until they suffice. Without
+    `retire_after_days` it only grows. With it, a day that extends it first retires the ids unseen for longer: a
+    tombstone is encoded as row 0 and keeps its row, which the value gets back when it is seen again, until the row
+    is given to another. What was learned is one row per value: `value`, `count`, `id`, the day it was last `seen` (in
+    a fit, the last one), and the day on which it was `retired`.
     """
 
     kind: Literal["vocabulary"] = "vocabulary"
     min_count: PositiveInt = 1
     max_size: PositiveInt | None = None
-    """Most ids to give, unknown not counted."""
+    """Most ids to give, unknown and retired ones not counted."""
+    retire_after_days: PositiveInt | None = None
+    """An id unseen for more days is retired; a value without an id is forgotten, and counted from 0 if it returns."""
 
     def count(self, frame: pl.LazyFrame) -> pl.LazyFrame:
         values = frame.select(value=self.values(frame))
         if self.is_bag:
             values = values.explode("value", empty_as_null=False, keep_nulls=False)
         stored = pl.Int64 if values.collect_schema()["value"].is_integer() else pl.String
-        values = values.select(pl.col("value").cast(stored)).drop_nulls()
+        # An integer that does not fit is counted as null, which `merge` refuses: here nothing is computed yet.
+        values = values.drop_nulls().select(pl.col("value").cast(stored, strict=False))
         return values.group_by("value").agg(count=pl.len().cast(pl.Int64))
 
     def merge(self, parts: Sequence[pl.DataFrame]) -> pl.DataFrame:
         filled = [p.select("value", "count") for p in parts if p.height] or [parts[0].select("value", "count")]
+        if any(p["value"].has_nulls() for p in filled):
+            raise DataError(
+                f"column {self.column!r} holds integers of 2^63 or more (or below -2^63), which ids cannot be: convert "
+                'them to text in the log, or in [derive] with CAST(... AS TEXT); or use kind = "hash"'
+            )
         merged = pl.concat(filled).lazy().group_by("value").agg(pl.col("count").sum())
         return merged.sort("value").collect(engine="streaming")
 
-    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None) -> pl.DataFrame:
-        if previous is None or not previous.height:  # a column of nulls has no type yet
-            given = counts.select("value").clear().with_columns(id=pl.lit(None, pl.Int32))
-        else:
-            given = previous.select("value", "id").drop_nulls()
-        last = given.height
-        table = counts.join(given, on="value", how="left", maintain_order="left")
-        eligible = table.filter(pl.col("id").is_null() & (pl.col("count") >= self.min_count))
-        fresh = eligible.sort("count", "value", descending=[True, False])
+    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None, today: Today) -> pl.DataFrame:
+        table = _aged(counts, previous, today.day)
+        table = self._admitted(self._retired(table, today), today)
+        return table.select("value", "count", "id", "seen", "retired")
+
+    def _late(self, day: date | None) -> pl.Expr:
+        """Whether a value has been unseen for too long by `day`."""
+        if day is None or self.retire_after_days is None:
+            return pl.lit(False)
+        return pl.lit(day) - pl.col("seen") > timedelta(days=self.retire_after_days)
+
+    def _retired(self, table: pl.DataFrame, today: Today) -> pl.DataFrame:
+        """Late ids become tombstones, late values without an id are forgotten, tombstones seen again are revived."""
+        late, has_id = self._late(today.day), pl.col("id").is_not_null()
+        tombstone = pl.when(late & has_id).then(pl.coalesce("retired", today.day)).otherwise("retired")
+        table = table.filter(has_id | ~late).with_columns(retired=tombstone)
+        back = table.filter(pl.col("seen") > pl.col("retired"), ~late)
         if self.max_size is not None:
-            fresh = fresh.head(max(self.max_size - last, 0))
-        fresh = fresh.select("value", new=pl.int_range(last + 1, last + 1 + pl.len(), dtype=pl.Int32))
-        table = table.join(fresh, on="value", how="left", maintain_order="left")
-        return table.select("value", "count", id=pl.coalesce("id", "new"))
+            back = back.sort("count", "value", descending=[True, False]).head(self._room(table))
+        if back.is_empty():
+            return table
+        table = table.join(back.select("value", back=True), on="value", how="left", maintain_order="left")
+        return table.with_columns(retired=pl.when(pl.col("back").is_null()).then("retired")).drop("back")
+
+    def _admitted(self, table: pl.DataFrame, today: Today) -> pl.DataFrame:
+        """Frequent values get ids: first the rows of tombstones that are old enough, lowest first, then new rows."""
+        fresh = table.filter(pl.col("id").is_null(), pl.col("count") >= self.min_count)
+        fresh = fresh.sort("count", "value", descending=[True, False])
+        if self.max_size is not None:
+            fresh = fresh.head(self._room(table))
+        last = table["id"].count()
+        free = pl.Series("id", dtype=pl.Int32)
+        if today.day is not None and today.recycle_after_days is not None:
+            oldest = today.day - timedelta(days=today.recycle_after_days)
+            free = table.filter(pl.col("retired") <= oldest)["id"].sort().head(fresh.height)
+            table = table.join(free.to_frame(), on="id", how="anti", maintain_order="left")
+        appended = pl.int_range(last + 1, last + 1 + fresh.height - free.len(), dtype=pl.Int32, eager=True)
+        given = fresh.select("value").with_columns(pl.concat([free, appended.alias("id")]).alias("given"))
+        table = table.join(given, on="value", how="left", maintain_order="left")
+        return table.with_columns(id=pl.coalesce("id", "given"))
+
+    def _room(self, table: pl.DataFrame) -> int:
+        return max((self.max_size or 0) - _known(table).height, 0)
+
+    def changed(self, before: pl.DataFrame, after: pl.DataFrame) -> pl.Series:
+        rows = after.select("id", "value").drop_nulls("id")
+        owners = before.select("id", owner="value").drop_nulls("id")
+        if owners.height:  # else it has no type yet
+            rows = rows.join(owners, on="id", how="left").filter(pl.col("value").ne_missing(pl.col("owner")))
+        return rows["id"].sort().cast(pl.Int64)
+
+    def crossing(self, before: pl.DataFrame, after: pl.DataFrame) -> date | None:
+        tombstones = before.filter(pl.col("retired").is_not_null()).select("id", "retired", owner="value")
+        if tombstones.is_empty():
+            return None
+        rows = after.select("id", "value").join(tombstones, on="id")
+        found = rows.filter(pl.col("value") != pl.col("owner"))["retired"].max()
+        assert found is None or isinstance(found, date)
+        return found
 
     def ids(self, value: pl.Expr, learned: pl.DataFrame) -> pl.Expr:
-        known = learned.filter(pl.col("id").is_not_null())
-        found = value.cast(known["value"].dtype).replace_strict(
+        known = _known(learned)
+        found = value.cast(known["value"].dtype, strict=False).replace_strict(
             known["value"], known["id"], default=UNKNOWN, return_dtype=pl.Int32
         )
         return pl.when(value.is_not_null()).then(found) if self.is_bag else found
 
     def apply(self, frame: pl.LazyFrame, learned: pl.DataFrame) -> pl.LazyFrame:
-        known = learned.filter(pl.col("id").is_not_null())
+        known = _known(learned)
         if self.is_bag or known.height <= _LOOKUP_BY_JOIN:
             return super().apply(frame, learned)
         key = f"__key_{self.output}"
-        keyed = frame.with_columns(self.values(frame).cast(known["value"].dtype).alias(key))
+        keyed = frame.with_columns(self.values(frame).cast(known["value"].dtype, strict=False).alias(key))
         table = known.lazy().select(pl.col("value").alias(key), pl.col("id").alias(f"__id_{self.output}"))
         joined = keyed.join(table, on=key, how="left", maintain_order="left")
         ids = pl.col(f"__id_{self.output}").fill_null(UNKNOWN).alias(self.output)
@@ -312,6 +391,22 @@ class Vocabulary(_Ids):
 
     def rows(self, learned: pl.DataFrame) -> int:
         return 1 + learned["id"].count()
+
+
+def _known(learned: pl.DataFrame) -> pl.DataFrame:
+    """The values that are encoded: with an id, and not retired."""
+    return learned.filter(pl.col("id").is_not_null() & pl.col("retired").is_null())
+
+
+def _aged(counts: pl.DataFrame, previous: pl.DataFrame | None, day: date | None) -> pl.DataFrame:
+    """Merged counts with what was known of each value; one that has gained counts was seen on `day`."""
+    today = pl.lit(day, pl.Date)
+    if previous is None or not previous.height:  # a column of nulls has no type yet
+        return counts.with_columns(id=pl.lit(None, pl.Int32), seen=today, retired=pl.lit(None, pl.Date))
+    table = counts.join(previous.rename({"count": "was"}), on="value", how="left", maintain_order="left")
+    is_seen = pl.col("count") > pl.col("was").fill_null(0)
+    # Without a day until now, the clock of what is known starts today.
+    return table.with_columns(seen=pl.when(is_seen).then(today).otherwise(pl.coalesce("seen", today))).drop("was")
 
 
 class _Stateless(Transform, ABC):
@@ -325,7 +420,7 @@ class _Stateless(Transform, ABC):
     def merge(self, parts: Sequence[pl.DataFrame]) -> pl.DataFrame:
         return pl.DataFrame()
 
-    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None) -> pl.DataFrame:
+    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None, today: Today) -> pl.DataFrame:
         return counts
 
 
@@ -414,7 +509,7 @@ class Quantiles(_OfNumber):
     def merge(self, parts: Sequence[pl.DataFrame]) -> pl.DataFrame:
         return pl.concat(parts).group_by("value").agg(pl.col("count").sum()).sort("value")
 
-    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None) -> pl.DataFrame:
+    def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None, today: Today) -> pl.DataFrame:
         return counts if previous is None else previous
 
     def edges(self, learned: pl.DataFrame) -> list[float]:

@@ -167,7 +167,7 @@ def _log(
     if trained.rows_per_second:
         mlflow.log_metric("rows_per_second", trained.rows_per_second)
     mlflow.log_dict(settings, "config.json")
-    mlflow.log_dict(examples, "data.json")
+    mlflow.log_dict(dict(examples), "data.json")
     for partition, about in examples.items():
         context = "training" if partition in run.source.partitions("train") else "validation"
         source = HTTPDatasetSource(f"file://{Path(about['raw']['path']).absolute()}")

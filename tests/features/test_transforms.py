@@ -23,7 +23,7 @@ from pydantic import ValidationError
 import features.transforms
 from base.errors import ArtefactError, DataError
 from base.storage import publish, resolve
-from features.pipeline import FeaturePipeline, FittedPipeline
+from features.pipeline import Counts, FeaturePipeline, FittedPipeline
 from features.schema import Dense, Sparse
 from features.transforms import (
     AnyTransform,
@@ -165,8 +165,12 @@ def everything(example: Example) -> pl.DataFrame:
     return parts[np.random.default_rng(1).permutation(parts.height)]
 
 
+def pipeline(transform: Transform) -> FeaturePipeline:
+    return FeaturePipeline((transform,))  # pyright: ignore[reportArgumentType]
+
+
 def fit(transform: Transform, *frames: pl.DataFrame) -> FittedPipeline:
-    return FeaturePipeline((transform,)).fit([f.lazy() for f in frames])  # pyright: ignore[reportArgumentType]
+    return pipeline(transform).fit([f.lazy() for f in frames])
 
 
 def result(fitted: FittedPipeline, frame: pl.DataFrame) -> pl.Series:
@@ -211,6 +215,51 @@ def test_partitions_fitted_apart_and_merged_are_the_whole(
     fitted, merged = fit(example.transform, frame), fit(example.transform, *parts)
     assert fitted.version == merged.version
     assert_frame_equal(fitted.learned[0], merged.learned[0], check_exact=True)
+
+
+@EVERY
+@few
+@given(assigned=st.lists(st.integers(0, 4), min_size=60, max_size=60), order=st.permutations(range(5)))
+def test_partitions_counted_apart_are_the_whole(example: Example, assigned: list[int], order: Sequence[int]) -> None:
+    frame = training(example)
+    recipe = pipeline(example.transform)
+    parts = [frame.filter(pl.Series([a == part for a in assigned])).lazy() for part in order]
+    a, b, c, d, e = map(recipe.count, parts)
+    together = recipe.count(frame.lazy())
+    assert sum(x.rows for x in (a, b, c, d, e)) == together.rows == frame.height
+    day, tomorrow = datetime.date(2026, 3, 1), datetime.date(2026, 3, 2)
+    expected = recipe.fit(frame.lazy(), day=day)
+    for counts in ([a, b, c, d, e], [e, d.merge([c, a]), b], [c.merge([a.merge([e])]), b.merge([d])]):
+        assert counts[0].merge(counts[1:]).version == together.version
+        settled = recipe.settle(counts, day)
+        assert (settled.version, settled.kinds) == (expected.version, expected.kinds)
+        assert_frame_equal(settled.learned[0], expected.learned[0], check_exact=True)
+        extended = settled.extend([*counts, recipe.count(example.unseen.lazy())], day=tomorrow)
+        assert extended.version == expected.extend([example.unseen.lazy(), *parts], day=tomorrow).version
+
+
+@EVERY
+def test_counts_saved_and_loaded_are_the_same(example: Example, tmp_path: Path) -> None:
+    counts = pipeline(example.transform).count(training(example).lazy())
+    with publish(tmp_path / "counts", "counts") as staging:
+        counts.save(staging)
+    folder = resolve(tmp_path / "counts", "counts")
+    assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {".json", ".parquet"}
+    loaded = Counts.load(folder)
+    assert (loaded.version, loaded.recipe, loaded.kinds, loaded.rows) == (
+        *(counts.version, counts.recipe, counts.kinds, counts.rows),
+    )
+    more = counts.merge([counts])
+    assert more.version != counts.version
+    assert loaded.merge([loaded]).version == more.version
+    if not type(example.transform).learns:
+        return
+    more.tables[0].write_parquet(folder / "counts/000.parquet")
+    with pytest.raises(ArtefactError, match=r"hashes to .*, counts\.json says .*; count the partition again"):
+        Counts.load(folder)
+    (folder / "counts/000.parquet").unlink()
+    with pytest.raises(ArtefactError, match=r"000\.parquet: missing; count the partition again"):
+        Counts.load(folder)
 
 
 @EVERY
@@ -314,12 +363,20 @@ def test_what_was_learned_is_part_of_the_version(example: Example) -> None:
     fitted, more = fit(example.transform, frame), fit(example.transform, frame, example.rows[:1])
     assert fitted.version != more.version
     learned = fitted.learned[0]
+    if isinstance(example.transform, Vocabulary):
+        assert learned["seen"].is_null().all()
+        dated = learned.with_columns(seen=pl.lit(datetime.date(2026, 3, 7)))
+        assert FittedPipeline(fitted.recipe, (dated,), fitted.kinds).version != fitted.version
     for column, dtype in learned.schema.items():
-        other = pl.col(column) + (pl.lit("!") if dtype == pl.String else 1)
-        changes = [learned.with_columns(other), learned.with_columns(pl.lit(None, dtype).alias(column))]
+        one = datetime.timedelta(days=1) if dtype == pl.Date else 1
+        zero = datetime.date(1970, 1, 1) if dtype == pl.Date else 0
+        changes = [pl.col(column) + (pl.lit("!") if dtype == pl.String else one), pl.lit(None, dtype).alias(column)]
+        if learned[column].is_null().all():
+            changes = []
         if dtype != pl.String and learned[column].null_count():
-            changes.append(learned.with_columns(pl.col(column).fill_null(0)))
-        for changed in changes:
+            changes.append(pl.col(column).fill_null(zero))
+        assert changes, column
+        for changed in map(learned.with_columns, changes):
             assert not changed.equals(learned), column
             assert FittedPipeline(fitted.recipe, (changed,), fitted.kinds).version != fitted.version, column
 
@@ -355,6 +412,7 @@ OTHER_SETTINGS: Mapping[str, Any] = {
     "max_length": 3,
     "min_count": 7,
     "max_size": 2,
+    "retire_after_days": 5,
     "buckets": 11,
     "seed": 42,
     "boundaries": (1.0, 2.0),
@@ -488,7 +546,8 @@ def test_the_vocabulary_of_many_days_counts_what_each_counted(days: list[list[st
 def test_frequent_values_come_first_and_ties_go_by_value() -> None:
     fitted = fit(Vocabulary(column="x"), texts("b", "c", "a", "c", "b", "c", "d"))
     assert result(fitted, texts("c", "b", "a", "d")).to_list() == [1, 2, 3, 4]
-    assert fitted.learned[0].sort("id").rows() == [("c", 3, 1), ("b", 2, 2), ("a", 1, 3), ("d", 1, 4)]
+    learned = fitted.learned[0].select("value", "count", "id").sort("id")
+    assert learned.rows() == [("c", 3, 1), ("b", 2, 2), ("a", 1, 3), ("d", 1, 4)]
 
 
 @pytest.mark.parametrize("example", [e for e in EXAMPLES if e.name.startswith("vocabulary")], ids=lambda e: e.name)
