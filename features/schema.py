@@ -1,6 +1,6 @@
 """What a training example is made of: the one contract shared by features, models and scoring."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -8,6 +8,10 @@ from base.config import Config
 
 EVERYWHERE = "all impressions"
 """The space of a probability that is given of nothing."""
+
+
+NewRows = Literal["mean", "hash"]
+"""How the row of a new id begins: at the mean of its table, or at a draw that follows from its number."""
 
 
 def carried(name: str) -> str:

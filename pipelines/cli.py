@@ -18,6 +18,7 @@ from base.errors import Superseded, UserError
 
 if TYPE_CHECKING:
     from pipelines.config import Run
+    from pipelines.settings import FeatureRun
 
 NOT_PROMOTED = SUPERSEDED = 99
 """Exit status of `promote` when the gate refuses, and of a step that a later day has done; Airflow shows a skip."""
@@ -31,6 +32,15 @@ def main() -> None:
 
 def verb(function: Callable[..., None]) -> click.Command:
     """A command over a run file: --config and --set become a Run; errors become one line and exit status 2."""
+    return _over_run_file(function, features_only=False)
+
+
+def feature_verb(function: Callable[..., None]) -> click.Command:
+    """The same of a step that knows no model: torch is not imported, so that it starts in a second."""
+    return _over_run_file(function, features_only=True)
+
+
+def _over_run_file(function: Callable[..., None], *, features_only: bool) -> click.Command:
 
     @wraps(function)
     def call(
@@ -39,9 +49,14 @@ def verb(function: Callable[..., None]) -> click.Command:
         with _reported():
             from base.errors import ConfigError
             from features.split import days_of
-            from pipelines.config import Run
+            from pipelines.settings import FeatureRun
 
-            run = load_config(Run, config, settings)
+            if features_only:
+                run = load_config(FeatureRun, config, settings)
+            else:
+                from pipelines.config import Run
+
+                run = load_config(Run, config, settings)
             if day is not None:
                 try:
                     (wanted,) = days_of(day)
@@ -81,42 +96,42 @@ def prepare(run: "Run", overwrite: bool) -> None:
         prepare_day(run)
 
 
-@verb
+@feature_verb
 @day_option
 @full_option
-def plan(run: "Run") -> None:
+def plan(run: "FeatureRun") -> None:
     """Print, as JSON, which partitions `prepare --day` would count and encode."""
     from pipelines.daily import plan
 
     click.echo(plan(run).model_dump_json())
 
 
-@verb
+@feature_verb
 @day_option
 @full_option
 @given_partition_option
-def count(run: "Run", partition: str) -> None:
+def count(run: "FeatureRun", partition: str) -> None:
     """The first part of `prepare --day`: one partition's integer statistics."""
     from pipelines.daily import count
 
     count(run, partition)
 
 
-@verb
+@feature_verb
 @day_option
 @full_option
-def fit(run: "Run") -> None:
+def fit(run: "FeatureRun") -> None:
     """The second part of `prepare --day`: features from what was counted."""
     from pipelines.daily import fit
 
     fit(run)
 
 
-@verb
+@feature_verb
 @day_option
 @full_option
 @given_partition_option
-def encode(run: "Run", partition: str) -> None:
+def encode(run: "FeatureRun", partition: str) -> None:
     """The third part of `prepare --day`: one partition's examples."""
     from pipelines.daily import encode
 

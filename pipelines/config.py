@@ -1,20 +1,16 @@
 """A run file: everything that one model, from log to scores, is decided by."""
 
-from datetime import date, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from base.config import Config
 from base.errors import ConfigError
-from features.pipeline import FeaturePipeline, FittedPipeline
+from features.pipeline import FittedPipeline
 from features.schema import Schema
-from features.source import Data, Source, Table
-from features.split import Day, DaySplit, days_of
-from features.transforms import AnyTransform
+from pipelines.settings import FeatureRun
 from recsys.calibration import Method
-from recsys.checkpoint import NewRows
 from recsys.device import DeviceName
 from recsys.gate import Gates
 from recsys.models import ModelConfig
@@ -79,22 +75,6 @@ class Calibration(Config):
     """By default all. Each is calibrated by itself, so that a product need not stay one."""
 
 
-class Daily(Config):
-    """How a model lives from day to day: what `--day` means.
-
-    For day d the model is trained to d - 2, calibrated on d - 1, and judged on d, which nothing has been trained on.
-    """
-
-    window_days: PositiveInt = 7
-    """Days that a full training learns from. As long, a row waits between its id's retirement and its next id."""
-    new_rows: NewRows = "mean"
-    """How the row of a new id begins: at the `mean` of its table, or at a draw by a `hash` of its number."""
-    accumulator_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Multiplies Adagrad's sums once a day. At 1 popular ids hardly move any more after some weeks."""
-    observed_days: NonNegativeInt = 0
-    """How long after a day its run takes place: outcomes up to then are in the log."""
-
-
 class Registry(Config):
     """Where MLflow is."""
 
@@ -105,18 +85,9 @@ class Registry(Config):
     """Name of the registered model."""
 
 
-class Run(Config):
+class Run(FeatureRun):
     """The root of a run file."""
 
-    name: str | None = None
-    """Name of this model among those of the same output folder; by default that of the model."""
-    output: Path
-    """Folder for everything that is made."""
-    data: Data
-    tables: tuple[Table, ...] = ()
-    derive: dict[str, str] = {}
-    """Further raw columns, each a SQL expression over one row."""
-    features: Annotated[tuple[AnyTransform, ...], Field(min_length=1)]
     model: ModelConfig
     train: TrainConfig = TrainConfig()
     sampling: Sampling = Sampling()
@@ -126,11 +97,7 @@ class Run(Config):
     evaluate: Evaluation = Evaluation()
     gate: Gates = Gates()
     mlflow: Registry = Registry()
-    daily: Daily = Daily()
-    day: Day | None = None
-    """The day that a step is run for, set by `--day`; then `data.split` follows from it."""
-    full: bool = False
-    """Set by `--full`: fit and train from nothing on a window of days, instead of going on from the day before."""
+    checks: Any = None
 
     @model_validator(mode="after")
     def _labels_fit(self) -> Self:
@@ -144,30 +111,6 @@ class Run(Config):
             )
         return self
 
-    def on(self, day: date, *, full: bool = False) -> "Run":
-        """This run as it is on one day. Raises ConfigError if the log is not split by day."""
-        if not self.data.split.by_day or self.data.time is None:
-            raise ConfigError("--day needs a log with data.time, split by day; data.split = { train = 0.8, … } is not")
-        trained_to = self.data.day_before(day, 2)
-        first = self.data.day_before(trained_to, self.daily.window_days - 1) if full else trained_to
-        split = DaySplit(train=f"{first}..{trained_to}", valid=str(self.data.day_before(day)), test=str(day))
-        observed = str(day + timedelta(days=self.daily.observed_days))
-        seen = {"observed_until": observed} if self.data.matures_after_days else {}
-        data = self.data.model_copy(update={"split": split, **seen})
-        return self.model_copy(update={"data": data, "day": str(day), "full": full})
-
-    @property
-    def source(self) -> Source:
-        return Source(self.data, self.tables, self.derive)
-
-    @property
-    def pipeline(self) -> FeaturePipeline:
-        return FeaturePipeline(self.features, self.derive)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        return tuple(self.data.labels)
-
     def schema_of(self, fitted: FittedPipeline) -> Schema:
         """The contract of this run's examples."""
         rate = self.sampling.negative_rate
@@ -178,36 +121,9 @@ class Run(Config):
         return self.mlflow.uri or f"sqlite:///{(self.output / 'mlflow.db').absolute()}"
 
     @property
-    def on_day(self) -> date:
-        """Of `day`. Raises ConfigError where the step was not given one."""
-        if self.day is None:
-            raise ConfigError("this step is run for a day: pass --day 2026-03-07")
-        return days_of(self.day)[0]
-
-    @property
-    def trained_to(self) -> date:
-        """The last day that the model of `day` may have seen."""
-        return self.data.day_before(self.on_day, 2)
-
-    @property
     def key(self) -> str | None:
         """Name of this model among those of the other days."""
         return self.day and f"{self.day}-full" if self.full else self.day
-
-    @property
-    def features_path(self) -> Path:
-        return self.output / "features"
-
-    def examples_path(self, partition: str) -> Path:
-        return self.output / "examples" / partition
-
-    @property
-    def line_path(self) -> Path:
-        """Which line daily steps go on with."""
-        return self.output / "line"
-
-    def counts_path(self, partition: str) -> Path:
-        return self.output / "counts" / partition
 
     def scores_path(self, partition: str) -> Path:
         return self.output / "scores" / partition

@@ -14,9 +14,9 @@ from base.errors import ArtefactError, DataError
 from base.storage import is_published, publish, read_manifest, resolve
 from features.columns import explained
 from features.pipeline import Counts, FittedPipeline
-from pipelines.config import Run
+from pipelines.examples import check_rows, good_rows, log_of, write_examples
 from pipelines.line import Line, line_of
-from pipelines.prepare import check_rows, good_rows, log_of, write_examples
+from pipelines.settings import FeatureRun
 
 Say = Callable[[str], None]
 
@@ -30,7 +30,7 @@ class Plan(Config):
     """Partitions without examples, or whose labels have matured since."""
 
 
-def plan(run: Run) -> Plan:
+def plan(run: FeatureRun) -> Plan:
     """What `prepare_day` would do. Days that were missed are made up for, in order.
 
     Raises DataError if there is no line to go on with, or the day lies before it.
@@ -53,7 +53,7 @@ def plan(run: Run) -> Plan:
     return Plan(count=_names(missing), encode=_names(sorted({*missing, *encoded})))
 
 
-def count(run: Run, partition: str, *, say: Say = print) -> Counts:
+def count(run: FeatureRun, partition: str, *, say: Say = print) -> Counts:
     """The integer statistics of one partition, published for whoever fits. Raises DataError on bad or missing rows."""
     target = run.counts_path(partition)
     about = {"raw": run.source.fingerprint(partition), "log": log_of(run, partition)}
@@ -71,7 +71,7 @@ def count(run: Run, partition: str, *, say: Say = print) -> Counts:
     return counts
 
 
-def fit(run: Run, *, say: Say = print) -> FittedPipeline:
+def fit(run: FeatureRun, *, say: Say = print) -> FittedPipeline:
     """The features of the run's day: those of the day before, extended by what was counted; or, in full, a new fit.
 
     Raises ArtefactError if a day is not counted, DataError if its files are those of the day before.
@@ -101,7 +101,7 @@ def fit(run: Run, *, say: Say = print) -> FittedPipeline:
     return fitted
 
 
-def encode(run: Run, partition: str, *, say: Say = print) -> None:
+def encode(run: FeatureRun, partition: str, *, say: Say = print) -> None:
     """The examples of one partition, by the features of its own day."""
     line = line_of(run)
     fitted = line.features(run.trained_to if run.full else date.fromisoformat(partition.removeprefix("day=")))
@@ -109,7 +109,7 @@ def encode(run: Run, partition: str, *, say: Say = print) -> None:
     write_examples(run, fitted, partition, target, check_rows(run, partition), overwrite=True, say=say)
 
 
-def prepare_day(run: Run, *, say: Say = print) -> FittedPipeline:
+def prepare_day(run: FeatureRun, *, say: Say = print) -> FittedPipeline:
     """All steps in turn, on one machine."""
     work = plan(run)
     for partition in work.count:
@@ -120,7 +120,7 @@ def prepare_day(run: Run, *, say: Say = print) -> FittedPipeline:
     return fitted
 
 
-def _fit_window(run: Run, line: Line, work: Plan, say: Say) -> FittedPipeline:
+def _fit_window(run: FeatureRun, line: Line, work: Plan, say: Say) -> FittedPipeline:
     target = line.features_path(run.trained_to)
     about = {
         "fitted_on": {
@@ -152,11 +152,11 @@ def _counts(target: Path) -> Counts | None:
         return None
 
 
-def _require_counts(run: Run, partition: str) -> Counts:
+def _require_counts(run: FeatureRun, partition: str) -> Counts:
     return Counts.load(resolve(run.counts_path(partition), "counts", made_by=f"`recsys count --partition {partition}`"))
 
 
-def _refuse_repeated(run: Run, partition: str, before: str) -> None:
+def _refuse_repeated(run: FeatureRun, partition: str, before: str) -> None:
     """Yesterday's files under today's name would count every id twice."""
     if not is_published(run.counts_path(before)):
         return
@@ -168,7 +168,7 @@ def _refuse_repeated(run: Run, partition: str, before: str) -> None:
         )
 
 
-def _is_stale(run: Run, line: Line, day: date, first: date) -> bool:
+def _is_stale(run: FeatureRun, line: Line, day: date, first: date) -> bool:
     """Whether a day has no examples though it has features, or such that knew fewer labels than are known by now."""
     target = line.examples_path(f"day={day}")
     if not is_published(target):

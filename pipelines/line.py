@@ -12,7 +12,7 @@ from pathlib import Path
 from base.errors import DataError
 from base.storage import is_published, publish, published, read_manifest, resolve
 from features.pipeline import FittedPipeline
-from pipelines.config import Run
+from pipelines.settings import FeatureRun
 
 KIND = "line"
 
@@ -48,20 +48,20 @@ class Line:
         return FittedPipeline.load(resolve(path, "features", made_by="`recsys prepare --day` of that day"))
 
 
-def lines(run: Run) -> list[Line]:
+def lines(run: FeatureRun) -> list[Line]:
     """All lines of an output folder, oldest first."""
     folder = run.output / "lines"
     return [Line(f) for f in sorted(folder.iterdir())] if folder.is_dir() else []
 
 
-def current_line(run: Run) -> Line | None:
+def current_line(run: FeatureRun) -> Line | None:
     """The line that daily steps go on with; None before the first full training."""
     if not is_published(run.line_path):
         return None
     return Line(run.output / "lines" / str(read_manifest(resolve(run.line_path, KIND)).about["line"]))
 
 
-def line_of(run: Run) -> Line:
+def line_of(run: FeatureRun) -> Line:
     """The line that a step works on: a new one with `--full`, else the current one."""
     if run.full:
         return Line(run.output / "lines" / str(run.on_day))
@@ -74,7 +74,7 @@ def line_of(run: Run) -> Line:
     return line
 
 
-def adopt(run: Run, line: Line) -> None:
+def adopt(run: FeatureRun, line: Line) -> None:
     """From now on daily steps go on with `line`."""
     with publish(run.line_path, KIND, overwrite=True, keep=3) as staging:
         staging.about["line"] = line.name

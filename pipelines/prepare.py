@@ -1,19 +1,14 @@
 """prepare: raw partitions in, fitted features and partitions of examples out."""
 
-import hashlib
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import polars as pl
-
-from base.errors import ArtefactError, DataError
-from base.storage import Staging, dump_json, is_published, publish, read_manifest, resolve, verify
+from base.errors import DataError
+from base.storage import publish, read_manifest
 from features.columns import explained, require
 from features.pipeline import FittedPipeline
-from features.schema import carried
-from features.source import REASON
 from pipelines.config import Run
+from pipelines.examples import check_rows, good_rows, limit_bad, log_of, whole, write_examples
 from pipelines.measure import check_outputs
 
 ROW_GROUP = 2**17
@@ -41,74 +36,13 @@ def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = p
                     f"label {label!r} is not known of any {role} row by {run.data.observed_until}, where it matures "
                     f"after {run.data.matures_after_days.get(label)} days: let data.split.{role} end earlier"
                 )
-    _limit(run, "data.time", undated, good, {"time is missing": undated})
+    limit_bad(run, "data.time", undated, good, {"time is missing": undated})
     identity = {p: source.fingerprint(p)["sha256"] for p in counts}
     fitted = _fit(run, training, identity, overwrite=overwrite, say=say)
     for partition in counts:
         target = run.examples_path(partition)
         write_examples(run, fitted, partition, target, counts[partition], overwrite=overwrite, say=say)
     return fitted
-
-
-def write_examples(
-    run: Run,
-    fitted: FittedPipeline,
-    partition: str,
-    target: Path,
-    counts: Mapping[str, Any],
-    *,
-    overwrite: bool,
-    say: Callable[[str], None],
-) -> None:
-    """Publish one partition's examples, unless they are there already. `counts`: what `check_rows` found."""
-    about = examples_about(run, fitted.version, partition)
-    folder = _whole(target, "examples", overwrite=overwrite)
-    if folder and about.items() <= read_manifest(folder).about.items():
-        say(f"{partition}: examples are there already")
-        return
-    with publish(target, "examples", overwrite=overwrite) as staging:
-        staging.about.update(about, rows=counts["good"], bad=counts["bad"])
-        _write(run, fitted, partition, staging)
-    reasons = "".join(f"; set aside {n} x {r}" for r, n in counts["bad"].items())
-    reasons += f" -> {target}/rejected.parquet" if reasons else ""
-    unknown = "".join(f"; {label} not known yet of {n:,}" for label, n in counts["unknown"].items() if n)
-    say(f"{partition}: {counts['good']:,} examples{unknown}{reasons}")
-
-
-def examples_about(run: Run, features: str, partition: str) -> dict[str, Any]:
-    """What decides a partition's examples: if it is the same, so are they."""
-    seen = run.data.recipe(partition)["immature"]
-    return {
-        "partition": partition,
-        "pipeline": features,
-        "raw": run.source.fingerprint(partition),
-        "log": log_of(run, partition),
-        "immature": list(seen) if isinstance(seen, tuple) else seen,
-    }
-
-
-def examples_of(
-    run: Run, partitions: list[str], fitted: FittedPipeline, path_of: Callable[[str], Path] | None = None
-) -> list[Path]:
-    """The example files of partitions, in order.
-
-    Raises ArtefactError if one is damaged, DataError if their ids mean something else to `fitted`.
-    """
-    files: list[Path] = []
-    for partition in partitions:
-        path = (path_of or run.examples_path)(partition)
-        folder = resolve(path, "examples")
-        about = verify(folder).about
-        version = about["pipeline"]
-        if about.get("log") != log_of(run, partition) or not _as_mature(run, partition, about.get("immature")):
-            raise DataError(
-                f"{path}: made with other [data], [[tables]] or [derive] settings, so its "
-                "rows or labels may differ; run `recsys prepare --overwrite`"
-            )
-        if version not in fitted.accepts:
-            raise DataError(f"{path}: {fitted.explain(version)}; run `recsys prepare --overwrite`")
-        files += sorted(folder.glob("part-*.parquet"))
-    return files
 
 
 def _fit(
@@ -118,7 +52,7 @@ def _fit(
     about: dict[str, Any] = {
         "fitted_on": {p: {"sha256": identity[p], "log": log_of(run, p)} for p in training},
     }
-    if folder := _whole(target, "features", overwrite=overwrite):
+    if folder := whole(target, "features", overwrite=overwrite):
         stored = FittedPipeline.load(folder)
         if stored.recipe == run.pipeline and read_manifest(folder).about == about:
             say(f"features {stored.version}: fitted already")
@@ -131,80 +65,3 @@ def _fit(
     sizes = ", ".join(f"{f.name} {f.rows:,}" for f in fitted.sparse)
     say(f"features {fitted.version}: fitted on {len(training)} partitions; rows per table: {sizes}")
     return fitted
-
-
-def good_rows(run: Run, partition: str) -> pl.LazyFrame:
-    return run.source.checked(partition).filter(pl.col(REASON).is_null())
-
-
-def log_of(run: Run, partition: str) -> str:
-    """Hash of the settings, beside the files and what is observed by now, that decide a partition's rows and labels."""
-    settings = {
-        "data": {k: v for k, v in run.data.recipe(partition).items() if k != "immature"},
-        "tables": [table.model_dump(mode="json", exclude={"path"}) for table in run.tables],
-        "derive": run.derive,
-    }
-    return hashlib.sha256(dump_json(settings)).hexdigest()[:16]
-
-
-def _as_mature(run: Run, partition: str, immature: Any) -> bool:
-    """Whether examples know all labels that this run knows; those of a daily run may know more."""
-    seen = run.data.recipe(partition)["immature"]
-    if run.day is None or not isinstance(seen, tuple):
-        return immature == (list(seen) if isinstance(seen, tuple) else seen)
-    return set(immature) <= set(seen)
-
-
-def check_rows(run: Run, partition: str) -> dict[str, Any]:
-    """Rows to learn from, and bad ones by reason."""
-    with explained(f"{run.data.path}, {partition}"):
-        marked = run.source.checked(partition)
-        run.pipeline.kinds(marked)
-        unknown = (pl.col(carried(label)).is_null().sum().alias(carried(label)) for label in run.labels)
-        found = marked.group_by(REASON).agg(pl.len(), *unknown).sort(REASON).collect(engine="streaming")
-    reasons = dict(found.select(REASON, "len").iter_rows())
-    good = reasons.pop(None, 0)
-    _limit(run, partition, sum(reasons.values()), good, reasons)
-    if good == 0:
-        raise DataError(f"{partition}: {run.data.path} has no rows for it; check the path, data.where and data.split")
-    kept = found.filter(pl.col(REASON).is_null())
-    return {"good": good, "bad": reasons, "unknown": {label: kept[carried(label)].item() for label in run.labels}}
-
-
-def _limit(run: Run, where: str, bad: int, good: int, reasons: dict[str, int]) -> None:
-    if bad > run.data.max_bad_share * (bad + good):
-        worst = sorted(reasons.items(), key=lambda item: -item[1])[:5]
-        listed = "; ".join(f"{rows} x {reason}" for reason, rows in worst)
-        raise DataError(
-            f"{where}: {bad} of {bad + good} rows are bad, {bad / (bad + good):.2%} where "
-            f"{run.data.max_bad_share:.2%} is allowed: {listed}. "
-            "Mend the log, or raise data.max_bad_share to set them aside"
-        )
-
-
-def _write(run: Run, fitted: FittedPipeline, partition: str, staging: Staging) -> None:
-    labels = [carried(label) for label in run.labels]
-    with explained(f"{run.data.path}, {partition}"):
-        examples = fitted.transform(good_rows(run, partition), keep=labels)
-        examples.sink_parquet(
-            staging / "part-00000.parquet", row_group_size=ROW_GROUP, compression="lz4", statistics=False
-        )
-        bad = (
-            run.source.checked(partition).filter(pl.col(REASON).is_not_null()).drop(labels).collect(engine="streaming")
-        )
-    if bad.height:
-        bad.rename({REASON: "reason"}).write_parquet(staging / "rejected.parquet")
-
-
-def _whole(target: Path, kind: str, *, overwrite: bool) -> Path | None:
-    """What is published there, checked; None if nothing is, or it is damaged and may be replaced."""
-    if not is_published(target):
-        return None
-    try:
-        folder = resolve(target, kind)
-        verify(folder)
-    except ArtefactError:
-        if not overwrite:
-            raise
-        return None
-    return folder

@@ -17,8 +17,8 @@ from base.storage import dump_json, read_manifest, resolve
 from features.pipeline import FittedPipeline
 from features.source import REASON
 from pipelines.config import Run
+from pipelines.examples import examples_of
 from pipelines.measure import check_outputs, scored_table
-from pipelines.prepare import examples_of
 from pipelines.tracking import registry_of
 from recsys import trainer
 from recsys.bundle import NOWHERE, Bundle, Origin, golden_rows, load_model

@@ -15,9 +15,9 @@ from base.errors import DataError, Superseded
 from base.storage import dump_json, exclusive, is_published, publish, read_manifest, resolve, verify, version_name
 from features.pipeline import changed_rows
 from pipelines.config import Run
+from pipelines.examples import examples_of
 from pipelines.line import Line, adopt, current_line, line_of
 from pipelines.measure import check_outputs
-from pipelines.prepare import examples_of
 from pipelines.tracking import registry_of
 from pipelines.train import fit_window, make_bundle, register
 from recsys import trainer

@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from base.config import Config
 from base.errors import ArtefactError
 from base.faults import faultpoint
 from base.storage import Staging, is_published, prune, publish, resolve, verify, version_name, versions_of
+from features.schema import NewRows
 from recsys.distributed import Sharded, Table
 from recsys.embeddings import feature_of, normal_rows
 from recsys.tensors import load_tensors, save_tensors
@@ -23,9 +24,6 @@ TABLE = "embed.tables.embedding_bags.{}.weight"
 """Name of a table's weights in the plain model's state dict."""
 
 # Shape suffixes: R = rows of a table, D = embedding dimension, K = fresh rows.
-
-NewRows = Literal["mean", "hash"]
-"""How the row of a new id begins: at the mean of its table, or at a draw that follows from its number."""
 
 
 class Position(Config):

@@ -15,10 +15,10 @@ from torch import Tensor
 import recsys.trainer
 from base.errors import ArtefactError, DataError
 from base.storage import resolve, versions_of
-from features.schema import Dense, Schema, Sparse
+from features.schema import Dense, NewRows, Schema, Sparse
 from recsys import checkpoint
 from recsys.bundle import load_model
-from recsys.checkpoint import NewRows, WarmStart
+from recsys.checkpoint import WarmStart
 from recsys.data import ExampleStream
 from recsys.device import CPU
 from recsys.distributed import reset_tables, shard
