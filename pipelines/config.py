@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, model_validator
 
 from base.config import Config
 from base.errors import ConfigError
@@ -84,6 +84,18 @@ class Registry(Config):
     experiment: str = "ctr"
     model: str = "ctr"
     """Name of the registered model."""
+    reference_above_mb: NonNegativeFloat = 500
+    """A larger Bundle is not uploaded: MLflow keeps where its published folder lies, which must be mounted wherever
+    the model is used."""
+
+
+def _on_a_filesystem(value: Any) -> Any:
+    if "://" in str(value):
+        raise ValueError(
+            f"{str(value)!r} is not on a filesystem: publishing needs atomic renames and links, which object stores do "
+            "not have; name a folder that all machines mount"
+        )
+    return value
 
 
 class Run(Config):
@@ -91,8 +103,8 @@ class Run(Config):
 
     name: str | None = None
     """Name of this model among those of the same output folder; by default that of the model."""
-    output: Path
-    """Folder for everything that is made."""
+    output: Annotated[Path, BeforeValidator(_on_a_filesystem)]
+    """Folder for everything that is made; several machines may share it over a POSIX filesystem."""
     data: Data
     tables: tuple[Table, ...] = ()
     derive: dict[str, str] = {}
@@ -107,6 +119,12 @@ class Run(Config):
     evaluate: Evaluation = Evaluation()
     gate: Gates = Gates()
     mlflow: Registry = Registry()
+
+    @model_validator(mode="after")
+    def _logs_are_files(self) -> Self:
+        if "://" in self.data.path:
+            raise ConfigError(f"data.path = {self.data.path!r}: logs are read from a filesystem; mount or copy them")
+        return self
 
     @model_validator(mode="after")
     def _labels_fit(self) -> Self:

@@ -26,6 +26,7 @@ from recsys.calibration import Calibrator, fit_calibrator
 from recsys.data import ExampleStream
 from recsys.device import pick_device
 from recsys.metrics import in_space
+from recsys.registry import TRAINING
 from recsys.trainer import Progress, Trained
 
 GOLDEN_ROWS = 64
@@ -77,8 +78,8 @@ def train(
         f"{run.name or run.model.name}: best epoch {trained.best_epoch} of {len(trained.history)}, "
         f"{trained.rows_per_second:,.0f} rows/s, bundle {bundle.version}"
     )
-    with registry.run(registry.run_of_training(bundle.version), name=run.name or run.model.name) as active:
-        mlflow.set_tag("training", bundle.version)
+    known, tags = registry.run_of_training(bundle.version), {TRAINING: bundle.version}
+    with registry.run(known, name=run.name or run.model.name, tags=tags) as active:
         _log(run, trained, {p: read_manifest(f).about for p, f in folders.items()})
         registered = registry.register(bundle, resolve(run.bundle_path), Path(served.__file__), active.info.run_id)
     say(f"registered {registry.name} version {registered.version} as challenger")
