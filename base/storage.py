@@ -19,10 +19,11 @@ import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from base.config import Config
-from base.errors import ArtefactError, PublishedError
+from base.errors import ArtefactError, PublishedError, SetupError
 from base.faults import faultpoint
 
 MANIFEST = "manifest.json"
@@ -194,6 +195,34 @@ def withdraw(target: Path) -> None:
 def bytes_of(target: Path) -> int:
     """What all versions of a published name occupy."""
     return sum(f.stat().st_size for v in versions_of(target) for f in v.rglob("*") if f.is_file())
+
+
+def check_filesystem(folder: Path) -> None:
+    """Publish twice into a temporary folder inside `folder`, and remove it: everything that publishing needs.
+
+    Raises SetupError saying what does not work there: renaming, links and their replacement, locks, fsync.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".check-", dir=folder) as name:
+            target = Path(name) / "artefact"
+            for text in ("first", "second"):
+                with publish(target, "check", overwrite=True) as staging:
+                    (staging / "text").write_text(text)
+                if (resolve(target) / "text").read_text() != text:
+                    raise SetupError(f"{folder}: a replaced link still leads to the old folder; use another filesystem")
+            with _Lock(Path(name)):
+                try:
+                    with _Lock(Path(name), wait=False):
+                        raise SetupError(f"{folder}: locks do not exclude each other; mount it with flock")
+                except BlockingIOError:
+                    pass
+    except OSError as error:
+        what = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+        raise SetupError(
+            f"{folder}: publishing does not work there: {what}; it needs a writable POSIX filesystem with symbolic "
+            "links, flock and fsync"
+        ) from error
 
 
 def version_name(folder: Path) -> str:

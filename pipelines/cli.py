@@ -30,6 +30,11 @@ def main() -> None:
     """Features, training, promotion and scoring of click models, each from one TOML file."""
 
 
+settings_option = click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override, e.g. train.epochs=1."
+)
+
+
 def verb(function: Callable[..., None]) -> click.Command:
     """A command over a run file: --config and --set become a Run; errors become one line and exit status 2."""
     return _over_run_file(function, features_only=False)
@@ -68,10 +73,7 @@ def _over_run_file(function: Callable[..., None], *, features_only: bool) -> cli
             function(run, **options)
 
     config = click.option("--config", type=click.Path(path_type=Path), required=True, help="The run file (TOML).")
-    settings = click.option(
-        "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override, e.g. train.epochs=1."
-    )
-    return main.command()(config(settings(call)))
+    return main.command()(config(settings_option(call)))
 
 
 day_option = click.option("--day", metavar="DAY", help="The day to live through, e.g. 2026-03-07; see [daily].")
@@ -181,6 +183,14 @@ def promote(run: "Run", partition: str | None, version: str | None) -> None:
 
 
 @verb
+def rollback(run: "Run") -> None:
+    """Return to the champion before this one; the next scoring uses it."""
+    from pipelines.rollback import rollback
+
+    rollback(run, say=click.echo)
+
+
+@verb
 @partition_option
 @overwrite_option
 @click.option(
@@ -255,12 +265,15 @@ def demo(output: Path, rows: int) -> None:
 
 
 @main.command()
-@click.option("--config", type=click.Path(path_type=Path), help="A run file, to check its MLflow as well.")
-def doctor(config: Path | None) -> None:
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="A run file, to check its output folder and MLflow as well."
+)
+@settings_option
+def doctor(config: Path | None, settings: tuple[str, ...]) -> None:
     """Check the installation: one line each, with a remedy where something is wrong."""
     from pipelines.doctor import examine
 
-    findings = examine(config)
+    findings = examine(config, settings)
     for finding in findings:
         click.echo(finding)
     sys.exit(0 if all(f.ok for f in findings) else 1)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, model_validator
 
 from base.config import Config
 from base.errors import ConfigError
@@ -83,6 +83,9 @@ class Registry(Config):
     experiment: str = "ctr"
     model: str = "ctr"
     """Name of the registered model."""
+    reference_above_mb: NonNegativeFloat = 500
+    """A larger Bundle is not uploaded: MLflow keeps where its published folder lies, which must be mounted wherever
+    the model is used."""
 
 
 class Run(FeatureRun):

@@ -2,12 +2,18 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from base.config import load_config
 from base.errors import UserError
+from base.storage import check_filesystem
+
+if TYPE_CHECKING:
+    from pipelines.config import Run
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,8 @@ class Finding:
         return f"{'ok ' if self.ok else 'BAD'} {self.what}" + (f"  -> {self.remedy}" if self.remedy else "")
 
 
-def examine(config: Path | None = None) -> list[Finding]:
-    """Python, versions, the ABI triple, the kernels, the device and, with a run file, its MLflow."""
+def examine(config: Path | None = None, settings: Sequence[str] = ()) -> list[Finding]:
+    """Python, versions, the ABI triple, the kernels, the device; with a run file, its output folder and its MLflow."""
     python = sys.version_info[:3]
     findings = [
         Finding(
@@ -48,7 +54,7 @@ def examine(config: Path | None = None) -> list[Finding]:
     findings.append(_kernels())
     findings.append(_device(bool(cuda)))
     if config is not None:
-        findings.append(_registry(config))
+        findings.extend(_run(config, settings))
     return findings
 
 
@@ -91,18 +97,45 @@ def _device(cuda_build: bool) -> Finding:
     )
 
 
-def _registry(config: Path) -> Finding:
+def _run(config: Path, settings: Sequence[str]) -> list[Finding]:
     from pipelines.config import Run
+
+    try:
+        run = load_config(Run, config, settings)
+    except UserError as error:
+        return [Finding(False, str(error))]
+    return [_output(run.output), _databases(run), _registry(run)]
+
+
+def _output(folder: Path) -> Finding:
+    try:
+        check_filesystem(folder)
+    except UserError as error:
+        return Finding(False, str(error))
+    return Finding(True, f"{folder}: rename, links, locks and fsync work")
+
+
+def _databases(run: "Run") -> Finding:
+    from pipelines.tracking import airflow_databases, refuse_shared
+
+    try:
+        refuse_shared(run, airflow_databases())
+    except UserError as error:
+        return Finding(False, str(error))
+    return Finding(True, "MLflow and Airflow have databases of their own")
+
+
+def _registry(run: "Run") -> Finding:
     from pipelines.tracking import registry_of
 
     try:
-        run = load_config(Run, config)
-        registry = registry_of(run)
-        champion = registry.champion()
+        champion = registry_of(run).champion()
     except UserError as error:
         return Finding(False, str(error))
     use = f"champion is version {champion.version}" if champion else "no champion yet"
-    return Finding(True, f"MLflow at {run.tracking_uri} answers; {use} of {run.mlflow.model!r}")
+    kind = run.tracking_uri.partition("://")[0]
+    what = "a server over HTTP" if kind.startswith("http") else f"the database itself ({kind}), without a server"
+    return Finding(True, f"MLflow at {run.tracking_uri} answers, {what}; {use} of {run.mlflow.model!r}")
 
 
 def _version(package: str) -> str | None:

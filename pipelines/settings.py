@@ -4,7 +4,7 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from base.config import Config
 from base.errors import ConfigError
@@ -31,13 +31,22 @@ class Daily(Config):
     """How long after a day its run takes place: outcomes up to then are in the log."""
 
 
+def _on_a_filesystem(value: Any) -> Any:
+    if "://" in str(value):
+        raise ValueError(
+            f"{str(value)!r} is not on a filesystem: publishing needs atomic renames and links, which object stores do "
+            "not have; name a folder that all machines mount"
+        )
+    return value
+
+
 class FeatureRun(Config):
     """A run file as the steps on features see it: what belongs to models stands there unread."""
 
     name: str | None = None
     """Name of this model among those of the same output folder; by default that of the model."""
-    output: Path
-    """Folder for everything that is made."""
+    output: Annotated[Path, BeforeValidator(_on_a_filesystem)]
+    """Folder for everything that is made; several machines may share it over a POSIX filesystem."""
     data: Data
     tables: tuple[Table, ...] = ()
     derive: dict[str, str] = {}
@@ -57,6 +66,12 @@ class FeatureRun(Config):
     gate: Any = None
     mlflow: Any = None
     checks: Any = None
+
+    @model_validator(mode="after")
+    def _logs_are_files(self) -> Self:
+        if "://" in self.data.path:
+            raise ConfigError(f"data.path = {self.data.path!r}: logs are read from a filesystem; mount or copy them")
+        return self
 
     def on(self, day: date, *, full: bool = False) -> Self:
         """This run as it is on one day. Raises ConfigError if the log is not split by day."""

@@ -1,9 +1,66 @@
-"""The MLflow of a run."""
+"""The MLflow of a run, which must not share a database with Airflow."""
 
+import os
+from configparser import ConfigParser
+from pathlib import Path
+
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+from base.errors import ConfigError
 from pipelines.config import Run
 from recsys.registry import ModelRegistry
 
+AIRFLOW_DATABASE = "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"
+MLFLOW_DATABASE = "MLFLOW_BACKEND_STORE_URI"
+
 
 def registry_of(run: Run) -> ModelRegistry:
-    """The run's MLflow. Raises RegistryError if it does not answer."""
-    return ModelRegistry(run.tracking_uri, experiment=run.mlflow.experiment, name=run.mlflow.model)
+    """The run's MLflow. Raises RegistryError if it does not answer, ConfigError if the environment gives it Airflow's
+    database."""
+    refuse_shared(run, [uri for uri in [os.environ.get(AIRFLOW_DATABASE)] if uri])
+    return ModelRegistry(
+        run.tracking_uri,
+        experiment=run.mlflow.experiment,
+        name=run.mlflow.model,
+        reference_above_mb=run.mlflow.reference_above_mb,
+    )
+
+
+def refuse_shared(run: Run, airflow: list[str]) -> None:
+    """Raise ConfigError if MLflow keeps its tables in one of Airflow's databases: each would migrate the other's."""
+    theirs = {_database(uri) for uri in airflow}
+    for setting, uri in (("mlflow.uri", run.tracking_uri), (MLFLOW_DATABASE, os.environ.get(MLFLOW_DATABASE, ""))):
+        if uri and _database(uri) in theirs:
+            raise ConfigError(
+                f"{setting} is Airflow's own database, {'/'.join(map(str, _database(uri)))}; MLflow needs one of its "
+                "own: create it, or leave mlflow.uri out for a file in the output folder"
+            )
+
+
+def airflow_databases() -> list[str]:
+    """What this machine's Airflow uses: the environment's, or else what airflow.cfg or its default says."""
+    if uri := os.environ.get(AIRFLOW_DATABASE):
+        return [uri]
+    home = Path(os.environ.get("AIRFLOW_HOME", "~/airflow")).expanduser()
+    settings = ConfigParser(interpolation=None, strict=False)
+    settings.read(os.environ.get("AIRFLOW_CONFIG", home / "airflow.cfg"))
+    return [settings.get("database", "sql_alchemy_conn", fallback="") or f"sqlite:///{home / 'airflow.db'}"]
+
+
+def _database(uri: str) -> tuple[str, ...]:
+    """What identifies a database: no driver, user, password or option."""
+    try:
+        url = make_url(uri)
+    except ArgumentError:
+        return (uri,)
+    kind = url.get_backend_name()
+    if kind == "sqlite":
+        return (kind, str(Path(url.database or "").resolve()))
+    kind = "postgresql" if kind == "postgres" else kind
+    host = (url.host or "localhost").lower()
+    local = "localhost" if host in ("127.0.0.1", "::1") else host
+    return (kind, local, str(url.port or _PORTS.get(kind, "")), url.database or "")
+
+
+_PORTS = {"postgresql": 5432, "mysql": 3306}

@@ -94,10 +94,8 @@ def register(
 ) -> Registered:
     """Log the run to MLflow and register its bundle as the challenger; once, whatever retries happen."""
     name = run.name or run.model.name
-    with registry.run(
-        registry.run_of_training(bundle.version), name=f"{name} {run.key}" if run.key else name
-    ) as active:
-        mlflow.set_tag("training", bundle.version)
+    known, tags = registry.run_of_training(bundle.version), {TRAINING: bundle.version}
+    with registry.run(known, name=f"{name} {run.key}" if run.key else name, tags=tags) as active:
         _log(run, trained, bundle.metrics["history"], examples)
         registered = registry.register(bundle, resolve(run.bundle_path), Path(served.__file__), active.info.run_id)
     say(f"registered {registry.name} version {registered.version} as challenger")

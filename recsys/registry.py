@@ -4,11 +4,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlflow
 from mlflow.artifacts import download_artifacts
+from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
@@ -16,13 +19,19 @@ from mlflow.pyfunc import log_model
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import AnyType
+from requests import ConnectionError, RequestException, Timeout
 
 from base.errors import RegistryError
-from base.storage import MANIFEST
+from base.faults import faultpoint
+from base.storage import MANIFEST, Staging, read_manifest, resolve
 from recsys.bundle import Bundle
+from recsys.reference import FILE, Reference, load_registered
 
-CHAMPION, CHALLENGER = "champion", "challenger"
-_BUNDLE_TAG = "bundle"
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+TRAINING = "training"
+"""Tag of a run: what was trained, so that a retry continues it."""
+_BUNDLE_TAG, _FOLDER_TAG, _ROLLED_BACK_TAG = "bundle", "bundle_folder", "rolled_back"
+_MEGABYTE = 2**20
 
 
 @dataclass(frozen=True)
@@ -32,15 +41,20 @@ class Registered:
     version: str
     run_id: str
     bundle: str
-    """Version of the Bundle it holds."""
+    """Version of the Bundle it holds or refers to."""
+    rolled_back: str = ""
+    """When `rollback` took it out of use; empty if it never did."""
 
 
 class ModelRegistry:
-    """The registered model `name` of one experiment on one MLflow server or database."""
+    """The registered model `name` of one experiment on one MLflow server or database.
 
-    def __init__(self, uri: str, *, experiment: str, name: str) -> None:
+    Of its versions, `challenger` is the one trained last, `champion` the one in use, `previous` the champion before.
+    """
+
+    def __init__(self, uri: str, *, experiment: str, name: str, reference_above_mb: float = 500) -> None:
         """Connect. Raises RegistryError, soon, if nothing answers there."""
-        self.uri, self.name = uri, name
+        self.uri, self.name, self.reference_above_mb = uri, name, reference_above_mb
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         # Fail within seconds where a server is down: a scheduler retries, a person waits.
@@ -62,76 +76,158 @@ class ModelRegistry:
         return (Path(self.uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
 
     @contextmanager
-    def run(self, run_id: str | None = None, *, name: str | None = None) -> Iterator[mlflow.ActiveRun]:
-        """A new run of the experiment, or an old one to add to."""
-        with _explained(self.uri), mlflow.start_run(run_id, experiment_id=self.experiment, run_name=name) as active:
+    def run(
+        self, run_id: str | None = None, *, name: str | None = None, tags: Mapping[str, str] | None = None
+    ) -> Iterator[mlflow.ActiveRun]:
+        """A new run of the experiment, with its tags from the first moment, or an old one to add to."""
+        with (
+            _explained(self.uri),
+            mlflow.start_run(
+                run_id, experiment_id=self.experiment, run_name=name, tags=None if tags is None else dict(tags)
+            ) as active,
+        ):
             yield active
 
-    def find(self, selector: str) -> Registered:
-        """A version by number or alias. Raises RegistryError if there is none."""
+    def aliases(self) -> dict[str, str]:
+        """Numbers of versions by alias, whether there are such versions or not."""
         with _explained(self.uri):
             try:
-                if selector.isdigit():
-                    return _registered(self._client.get_model_version(self.name, selector))
-                return _registered(self._client.get_model_version_by_alias(self.name, selector))
+                found: Mapping[str, Any] = self._client.get_registered_model(self.name).aliases
             except MlflowException as error:
-                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
+                return {}
+        return {alias: str(version) for alias, version in found.items()}
+
+    def find(self, selector: str) -> Registered:
+        """A version by number or alias. Raises RegistryError if there is none, or the alias points nowhere."""
+        aliases = self.aliases()
+        number = selector if selector.isdigit() else aliases.get(selector)
+        with _explained(self.uri):
+            found = self._version(number) if number else None
+        if found:
+            return found
+        can_return = selector == CHAMPION and PREVIOUS in aliases
         what = f"version {selector}" if selector.isdigit() else f"{selector!r}"
+        if number and number != selector:
+            remedy = "run `recsys rollback`" if can_return else "remove the alias in MLflow and promote another version"
+            raise RegistryError(f"{self._here}: {what} points to version {number}, which is gone; {remedy}")
         remedy = "run `recsys promote` first" if selector == CHAMPION else "run `recsys train` first"
-        raise RegistryError(f"model {self.name!r} at {self.uri} has no {what}; {remedy}")
+        raise RegistryError(f"{self._here} has no {what}; {remedy}{', or `recsys rollback`' if can_return else ''}")
 
     def champion(self) -> Registered | None:
-        """The version in use, if there is one."""
-        try:
-            return self.find(CHAMPION)
-        except RegistryError as error:
-            if isinstance(error.__cause__, MlflowException):
-                raise
-            return None
+        """The version in use, if there is one. Raises RegistryError if the alias points nowhere."""
+        return self.find(CHAMPION) if CHAMPION in self.aliases() else None
 
     def bundle_of(self, registered: Registered) -> Bundle:
-        """The Bundle of a version, verified."""
-        with _explained(self.uri):
-            uri = f"models:/{self.name}/{registered.version}"
-            folder = download_artifacts(artifact_uri=uri)
-        found = [m.parent for m in Path(folder).glob(f"artifacts/*/{MANIFEST}")]
-        if len(found) != 1:
-            raise RegistryError(
-                f"model {self.name!r} version {registered.version}: holds {len(found)} bundles, not one"
-            )
-        bundle = Bundle.load(found[0])
+        """The Bundle of a version, verified. Raises RegistryError or ArtefactError if it is gone or altered."""
+        what = f"model {self.name!r} version {registered.version}"
+        remedy = "return to another version with `recsys rollback`, or promote one"
+        with _explained(self.uri), TemporaryDirectory() as folder:
+            try:
+                download_artifacts(artifact_uri=f"models:/{self.name}/{registered.version}", dst_path=folder)
+            except (MlflowException, FileNotFoundError, RequestException) as error:
+                if _unreachable(error):
+                    raise
+                raise RegistryError(f"{what}: its artifacts are gone ({_first_line(error)}); {remedy}") from error
+            artifacts = Path(folder) / "artifacts"
+            found = [*(m.parent for m in artifacts.glob(f"*/{MANIFEST}")), *artifacts.glob(FILE)]
+            if len(found) != 1:
+                raise RegistryError(f"{what}: holds {len(found)} bundles, not one; {remedy}")
+            bundle = load_registered(found[0])
         if bundle.version != registered.bundle:
             raise RegistryError(
-                f"model {self.name!r} version {registered.version}: holds bundle {bundle.version}, but "
-                f"{registered.bundle} was registered; register it again"
+                f"{what}: holds bundle {bundle.version}, but {registered.bundle} was registered; register it again"
             )
         return bundle
 
     def register(self, bundle: Bundle, folder: Path, code: Path, run_id: str) -> Registered:
-        """Log the bundle as a model of the active run, make it the challenger; once, whatever retries happen."""
-        with _explained(self.uri):
-            for known in self._client.search_model_versions(f"name = '{self.name}'"):
-                if known.tags.get(_BUNDLE_TAG) == bundle.version and known.run_id == run_id:
-                    self._client.set_registered_model_alias(self.name, CHALLENGER, known.version)
-                    return _registered(known)
-            info = log_model(
-                name="model",
-                python_model=str(code),
-                artifacts={"bundle": str(folder)},
-                signature=signature_of(bundle),
-                pip_requirements=[],
-                registered_model_name=self.name,
-            )
-            version = str(info.registered_model_version)
-            self._client.set_model_version_tag(self.name, version, _BUNDLE_TAG, bundle.version)
-            self._client.set_registered_model_alias(self.name, CHALLENGER, version)
-            return self.find(version)
+        """Register the bundle published as `folder` as the one version of the active run, and the challenger.
 
-    def promote(self, registered: Registered) -> None:
-        """Make a version the champion. Call only with a verdict that says so."""
+        A retry goes on where an earlier attempt ended. Raises RegistryError if the run has registered another bundle.
+        """
         with _explained(self.uri):
-            self._client.set_registered_model_alias(self.name, CHAMPION, registered.version)
+            if not self._versions(run_id):
+                model = self._logged(run_id) or self._log(bundle, folder, code)
+                faultpoint("registry.logged")
+                tags = {key: model.tags[key] for key in (_BUNDLE_TAG, _FOLDER_TAG) if key in model.tags}
+                mlflow.register_model(model.model_uri, self.name, tags=tags)  # with its tags, at once
+                faultpoint("registry.created")
+            first, *twins = self._versions(run_id)
+            for twin in twins:  # where an answer gets lost, MLflow's client sends the request again
+                if str(twin.version) not in self.aliases().values():
+                    self._client.delete_model_version(self.name, str(twin.version))
+            registered = _registered(first)
+            if registered.bundle != bundle.version:
+                raise RegistryError(
+                    f"MLflow run {run_id} has registered bundle {registered.bundle} as version {registered.version} of "
+                    f"{self.name!r}; register bundle {bundle.version} from a run of its own"
+                )
+            self._client.set_registered_model_alias(self.name, CHALLENGER, registered.version)
+            return registered
+
+    def promote(self, registered: Registered, *, again: bool = False) -> None:
+        """Make a version the champion, and the champion until now `previous`. Call only with a verdict that says so.
+
+        Promoting the champion changes nothing. Raises RegistryError for a version that was rolled back, which a
+        repeated step would otherwise bring back, unless `again` says that a person wants it.
+        """
+        with _explained(self.uri):
+            current = self.find(registered.version)
+            if current.rolled_back and not again:
+                raise RegistryError(
+                    f"{self._here}: version {current.version} was rolled back at {current.rolled_back}; to promote it "
+                    f"nevertheless, ask for it by its number"
+                )
+            champion = self.aliases().get(CHAMPION)
+            if champion == current.version:
+                return
+            if current.rolled_back:
+                self._client.delete_model_version_tag(self.name, current.version, _ROLLED_BACK_TAG)
+            # In this order: killed in between, the champion stays and a repetition does the rest.
+            if champion and self._version(champion):
+                self._client.set_registered_model_alias(self.name, PREVIOUS, champion)
+            faultpoint("registry.previous")
+            self._client.set_registered_model_alias(self.name, CHAMPION, current.version)
+
+    def previous(self) -> Registered:
+        """The version that `rollback` returns to.
+
+        Raises RegistryError if nothing was promoted since the last rollback, or there was no champion before.
+        """
+        aliases = self.aliases()
+        champion = aliases.get(CHAMPION)
+        if aliases.get(PREVIOUS) in (None, champion):
+            now = f"version {champion}, the champion" if champion else "now"
+            raise RegistryError(f"{self._here} has no champion before {now}; promote another version")
+        return self.find(PREVIOUS)
+
+    def rollback(self) -> Registered:
+        """Make `previous` the champion again and return it; the champion until now is marked as rolled back.
+
+        Raises RegistryError as `previous` does.
+        """
+        previous = self.previous()
+        with _explained(self.uri):
+            champion = self.aliases().get(CHAMPION)
+            left = self._version(champion) if champion else None
+            # In this order: killed in between, there is a champion, and a repetition does the rest.
+            if left and not left.rolled_back:
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                self._client.set_model_version_tag(self.name, left.version, _ROLLED_BACK_TAG, now)
+            faultpoint("registry.marked")
+            self._client.set_registered_model_alias(self.name, CHAMPION, previous.version)
+            faultpoint("registry.returned")
+            self._client.delete_registered_model_alias(self.name, PREVIOUS)
+        return previous
+
+    def referenced(self) -> set[Path]:
+        """The Bundle folders that champion, previous and challenger refer to, which must not be removed."""
+        with _explained(self.uri):
+            aliases = self.aliases()
+            numbers = [aliases[name] for name in (CHAMPION, PREVIOUS, CHALLENGER) if name in aliases]
+            tags = [self._client.get_model_version(self.name, number).tags for number in numbers]
+        return {Path(found[_FOLDER_TAG]) for found in tags if _FOLDER_TAG in found}
 
     def tag(self, registered: Registered, tags: Mapping[str, str]) -> None:
         """Write tags on a version."""
@@ -142,14 +238,64 @@ class ModelRegistry:
     def versions_of_run(self, run_id: str | None) -> list[int]:
         """Numbers of the versions registered from a run."""
         with _explained(self.uri):
-            found = self._client.search_model_versions(f"name = '{self.name}'")
-        return [int(v.version) for v in found if v.run_id == run_id]
+            return [int(v.version) for v in self._versions(run_id)] if run_id else []
 
     def run_of_training(self, key: str) -> str | None:
         """The run that was started for a training run `key`, so that a retry continues it."""
         with _explained(self.uri):
-            found = self._client.search_runs([self.experiment], f"tags.training = '{key}'", max_results=1)
+            which = f"tags.{TRAINING} = '{key}'"
+            found = self._client.search_runs([self.experiment], which, max_results=1, order_by=["start_time"])
             return found[0].info.run_id if found else None
+
+    def of_training(self, key: str) -> Registered:
+        """The version that a training run `key` registered. Raises RegistryError if it has not."""
+        run_id = self.run_of_training(key)
+        with _explained(self.uri):
+            found = self._versions(run_id) if run_id else []
+        if not found:
+            raise RegistryError(f"{self._here} has no version of bundle {key}; run `recsys train` of that day first")
+        return _registered(found[0])
+
+    @property
+    def _here(self) -> str:
+        return f"model {self.name!r} at {self.uri}"
+
+    def _version(self, number: str) -> Registered | None:
+        try:
+            return _registered(self._client.get_model_version(self.name, number))
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            return None
+
+    def _versions(self, run_id: str) -> list[ModelVersion]:
+        """What was registered from a run, oldest first."""
+        found = self._client.search_model_versions(f"name = '{self.name}' AND run_id = '{run_id}'")
+        return sorted(found, key=lambda v: int(v.version))
+
+    def _logged(self, run_id: str) -> LoggedModel | None:
+        """The model that an earlier attempt uploaded whole from this run."""
+        found = self._client.search_logged_models([self.experiment], f"source_run_id = '{run_id}'")
+        return next((m for m in found if m.status == LoggedModelStatus.READY and _BUNDLE_TAG in m.tags), None)
+
+    def _log(self, bundle: Bundle, folder: Path, code: Path) -> LoggedModel:
+        """Upload a bundle as a model of the active run, or the reference to it where it is large."""
+        published = resolve(folder)
+        size = sum(file.bytes for file in read_manifest(published).files.values())
+        tags, artifact = {_BUNDLE_TAG: bundle.version}, published
+        with TemporaryDirectory() as temporary:
+            if size > self.reference_above_mb * _MEGABYTE:
+                artifact = Reference.to(bundle, published).write(Staging(Path(temporary)))
+                tags[_FOLDER_TAG] = str(published)
+            info = log_model(
+                name="model",
+                python_model=str(code),
+                artifacts={"bundle": str(artifact)},
+                signature=signature_of(bundle),
+                pip_requirements=[],
+                tags=tags,
+            )
+        return self._client.get_logged_model(str(info.model_id))
 
 
 def signature_of(bundle: Bundle) -> ModelSignature:
@@ -165,7 +311,8 @@ def signature_of(bundle: Bundle) -> ModelSignature:
 
 
 def _registered(version: ModelVersion) -> Registered:
-    return Registered(str(version.version), str(version.run_id), str(version.tags.get(_BUNDLE_TAG, "")))
+    bundle, rolled_back = (str(version.tags.get(tag, "")) for tag in (_BUNDLE_TAG, _ROLLED_BACK_TAG))
+    return Registered(str(version.version), str(version.run_id), bundle, rolled_back)
 
 
 @contextmanager
@@ -173,7 +320,14 @@ def _explained(uri: str) -> Iterator[None]:
     """MLflow's errors as one sentence."""
     try:
         yield
-    except MlflowException as error:
-        first = str(error).splitlines()[0]
-        what = "does not answer" if "Max retries exceeded" in first else f"says: {first}"
+    except (MlflowException, RequestException) as error:
+        what = "does not answer" if _unreachable(error) else f"says: {_first_line(error)}"
         raise RegistryError(f"MLflow at {uri} {what}; check mlflow.uri and that the server runs") from error
+
+
+def _unreachable(error: Exception) -> bool:
+    return isinstance(error, ConnectionError | Timeout) or "Max retries exceeded" in _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -8,14 +8,14 @@ import polars as pl
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
-from recsys.bundle import Bundle
+from recsys.reference import load_registered
 
 
 class BundleModel(PythonModel):
-    """Serves a Bundle. Columns that it does not need are ignored."""
+    """Serves a Bundle, held or referred to. Columns that it does not need are ignored."""
 
     def load_context(self, context: Any) -> None:
-        self.bundle = Bundle.load(Path(context.artifacts["bundle"]))
+        self.bundle = load_registered(Path(context.artifacts["bundle"]))
         self.bundle.check_golden()
 
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride]  (MLflow inspects the signature itself)

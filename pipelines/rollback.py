@@ -1,0 +1,20 @@
+"""rollback: the champion before becomes the champion again; the next scoring uses it."""
+
+from collections.abc import Callable
+
+from pipelines.config import Run
+from pipelines.tracking import registry_of
+from recsys.registry import CHAMPION, Registered
+
+
+def rollback(run: Run, *, say: Callable[[str], None] = print) -> Registered:
+    """Return to the previous champion, after loading it, and print from which version to which.
+
+    Raises RegistryError if there is none, ArtefactError if its Bundle is damaged; the champion then stays.
+    """
+    registry = registry_of(run)
+    registry.bundle_of(registry.previous()).check_golden()
+    left = registry.aliases().get(CHAMPION)
+    champion = registry.rollback()
+    say(f"champion of {registry.name!r}: from version {left or 'none'} back to version {champion.version}")
+    return champion
