@@ -19,8 +19,8 @@ from base.errors import UserError
 if TYPE_CHECKING:
     from pipelines.config import Run
 
-NOT_PROMOTED = 99
-"""Exit status of `promote` when the gate refuses; Airflow shows it as skipped, not failed."""
+NOT_PROMOTED = {"refused": 99, "held": 98}
+"""Exit statuses of `promote` by the gate's decision; Airflow shows both as skipped, not failed."""
 
 
 @click.group()
@@ -83,16 +83,20 @@ def evaluate(run: "Run", partition: str | None) -> None:
 @verb
 @partition_option
 @click.option("--version", help="Of the registered model; by default the challenger.")
-def promote(run: "Run", partition: str | None, version: str | None) -> None:
-    """Compare challenger and champion; move the alias if the gate allows. Exit status 99 if it does not."""
+@click.option("--approve", is_flag=True, help="Promote a version that the gate holds for a person, not a refused one.")
+def promote(run: "Run", partition: str | None, version: str | None, approve: bool) -> None:
+    """Compare challenger and champion; move the alias if the gate allows.
+
+    Exit status 99 if it refuses, 98 if it holds the version for a person, who may --approve it.
+    """
     from pipelines.promote import promote
 
-    verdict = promote(run, version=version, partition=partition)
-    click.echo("promoted" if verdict.promoted else "not promoted")
+    verdict = promote(run, version=version, partition=partition, approve=approve)
+    click.echo(verdict.decision)
     for reason in verdict.reasons:
         click.echo(f"  {reason}")
     if not verdict.promoted:
-        sys.exit(NOT_PROMOTED)
+        sys.exit(NOT_PROMOTED[verdict.decision])
 
 
 @verb

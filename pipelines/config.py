@@ -163,6 +163,10 @@ class Run(Config):
     def evaluation_path(self, partition: str) -> Path:
         return self.folder / "evaluation" / partition
 
+    def gate_path(self, partition: str) -> Path:
+        """Of the last verdict on a version of this model."""
+        return self.folder / "gate" / partition
+
     @property
     def report_path(self) -> Path:
         return self.folder / "report"

@@ -23,7 +23,7 @@ from base.storage import dump_json, is_published, publish, read_manifest, resolv
 from features.schema import Output
 from features.source import REASON
 from features.transforms import UNKNOWN
-from pipelines import page, plots, tasks_page
+from pipelines import judgement, page, plots, tasks_page
 from pipelines.config import Run
 from pipelines.evaluate import evaluation_of
 from pipelines.measure import held_out, questions, truth_of
@@ -63,6 +63,7 @@ def report(run: Run, *, partition: str | None = None) -> Path:
         _heading(facts, _registered(run, registry.versions_of_run(run_id))),
         tasks_page.funnel(run, facts.bundle, facts.scored, drawn),
         *(_quality(facts, output, drawn) for output in questions(run, facts.bundle.outputs)),
+        judgement.section(run.gate_path(partition or "test"), facts.bundle.version, drawn),
         tasks_page.experts(facts.bundle, facts.sample, drawn),
         _how_it_learned(facts, drawn),
         _slices(facts, drawn),

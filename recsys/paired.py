@@ -82,6 +82,8 @@ def _of_output(
     def only(text: str, ruling: Ruling = "refuse") -> Evidence:
         return Evidence(champion=True, reasons=(Reason(ruling=ruling, text=f"{output.name}: {text}"),))
 
+    if unknown := {output.label, output.given or output.label} - set(candidate.columns):
+        return only(f"the rows have no label {min(unknown)!r} to measure it by; judge with a run file that has it")
     if fault := _not_probabilities(candidate[output.name]):
         return only(f"the candidate's scores: {fault}")
     compared = champion if reference is not None else None
@@ -124,9 +126,7 @@ def _too_few(labels_N: NDArray[np.bool_], output: Output, own: OutputGates) -> s
     """Why nothing can be said of these rows."""
     rows, positives = labels_N.size, int(labels_N.sum())
     if not rows:
-        return (
-            "there are no rows to measure (their label is not known yet, or what it presupposes never happened)"
-        )
+        return "there are no rows to measure (their label is not known yet, or what it presupposes never happened)"
     if positives in (0, rows):
         return f"all {rows:,} labels {output.label!r} are {int(positives > 0)}, which leaves nothing to rank"
     if min(positives, rows - positives) < own.min_positives:
