@@ -10,8 +10,8 @@ Airflow must run from the environment in which recsys is installed (`make setup`
     airflow dags trigger ctr --conf '{"day": "2026-03-07", "train_days": 4}'
 
 The day decides the split: the one before it tests the new model, the one before that validates it, `train_days` before
-those train it. `promote` is skipped where the gate refuses; `score` then uses the champion there is. Only started by
-hand yet: the form with a schedule, partition keys and assets is to come.
+those train it. `promote` is skipped where the gate refuses, or holds the model for a person; `score` then uses the
+champion there is. Only started by hand yet: the form with a schedule, partition keys and assets is to come.
 """
 
 import os
@@ -25,8 +25,8 @@ from airflow.sdk import DAG, Param, TriggerRule, chain
 
 # This interpreter, since the scheduler's PATH may lack it; -P, so that no folder below `home` is taken for our code.
 RECSYS = shlex.join([sys.executable, "-P", "-m", "pipelines.cli"])
-REFUSED = 99
-"""Exit status of `promote` when the gate refuses."""
+NOT_PROMOTED = [99, 98]
+"""Exit statuses of `promote` when the gate refuses, and when it holds the model for a person."""
 
 # What a user gives reaches the shell only as the value of a quoted variable, never as part of the command.
 GIVEN = {
@@ -46,7 +46,7 @@ def step(
     options: str = "",
     *,
     limit: timedelta,
-    skip: int | None = None,
+    skip: list[int] | None = None,
     rule: TriggerRule = TriggerRule.ALL_SUCCESS,
 ) -> BashOperator:
     """One verb of the command line."""
@@ -90,7 +90,7 @@ with DAG(
         step("prepare", "--overwrite", limit=timedelta(hours=4)),
         step("train", limit=timedelta(hours=12)),
         step("evaluate", limit=timedelta(hours=2)),
-        step("promote", limit=timedelta(hours=2), skip=REFUSED),
+        step("promote", limit=timedelta(hours=2), skip=NOT_PROMOTED),
         step(
             "score",
             '--partition "$RECSYS_PARTITION" --overwrite',

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from pipelines.config import Run
     from pipelines.settings import FeatureRun
 
-NOT_PROMOTED = SUPERSEDED = 99
-"""Exit status of `promote` when the gate refuses, and of a step that a later day has done; Airflow shows a skip."""
+NOT_PROMOTED = {"refused": 99, "held": 98}
+"""Exit statuses of `promote` by the gate's decision; Airflow shows both as skipped, not failed."""
+SUPERSEDED = 99
+"""Exit status of a step whose work a later day has done already."""
 
 
 @click.group()
@@ -168,18 +170,24 @@ def evaluate(run: "Run", partition: str | None) -> None:
 
 
 @verb
+@day_option
+@full_option
 @partition_option
 @click.option("--version", help="Of the registered model; by default the challenger.")
-def promote(run: "Run", partition: str | None, version: str | None) -> None:
-    """Compare challenger and champion; move the alias if the gate allows. Exit status 99 if it does not."""
+@click.option("--approve", is_flag=True, help="Promote a version that the gate holds for a person, not a refused one.")
+def promote(run: "Run", partition: str | None, version: str | None, approve: bool) -> None:
+    """Compare challenger and champion; move the alias if the gate allows.
+
+    Exit status 99 if it refuses, 98 if it holds the version for a person, who may --approve it.
+    """
     from pipelines.promote import promote
 
-    verdict = promote(run, version=version, partition=partition)
-    click.echo("promoted" if verdict.promoted else "not promoted")
+    verdict = promote(run, version=version, partition=partition, approve=approve)
+    click.echo(verdict.decision)
     for reason in verdict.reasons:
         click.echo(f"  {reason}")
     if not verdict.promoted:
-        sys.exit(NOT_PROMOTED)
+        sys.exit(NOT_PROMOTED[verdict.decision])
 
 
 @verb
@@ -206,6 +214,8 @@ def score(run: "Run", partition: str | None, overwrite: bool, model: str) -> Non
 
 
 @verb
+@day_option
+@full_option
 @partition_option
 def report(run: "Run", partition: str | None) -> None:
     """Write the report page of the last evaluation."""

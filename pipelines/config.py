@@ -144,6 +144,10 @@ class Run(FeatureRun):
     def evaluation_path(self, partition: str) -> Path:
         return self.folder / "evaluation" / partition
 
+    def gate_path(self, partition: str) -> Path:
+        """Of the last verdict on a version of this model."""
+        return self.folder / "gate" / partition
+
     @property
     def report_path(self) -> Path:
         return self.folder / "report" if self.day is None else self.folder / "reports" / f"day={self.day}"

@@ -52,7 +52,7 @@ def demo(output: Path, rows: int) -> None:
         evaluate(run, partition=HELD_OUT)
         _step("promote", f"{run.model.name} against the champion, on the raw rows of day 6")
         verdict = promote(run, partition=HELD_OUT)
-        print("promoted" if verdict.promoted else "not promoted", *verdict.reasons, sep="\n  ")
+        print(verdict.decision, *verdict.reasons, sep="\n  ")
     _step("score", "day 7 by the champion")
     ticker = Ticker("score")
     scoring = time.perf_counter()

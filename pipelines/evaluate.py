@@ -19,9 +19,12 @@ def evaluate(run: Run, *, partition: str | None = None) -> pl.DataFrame:
     """Measure the run's bundle on held-out raw rows; publish the scored table and the metrics, log them to MLflow."""
     check_outputs(run)
     bundle = Bundle.load(run.bundle_path).to(pick_device(run.device))
-    scored = scored_table(run, bundle, held_out(run, partition))
+    return record(run, bundle, scored_table(run, bundle, held_out(run, partition)), partition or "test")
+
+
+def record(run: Run, bundle: Bundle, scored: pl.DataFrame, name: str) -> pl.DataFrame:
+    """Publish a scored table and its metrics as the evaluation `name`, log them to MLflow."""
     table = measure(run, bundle.outputs, scored)
-    name = partition or "test"
     with publish(run.evaluation_path(name), "evaluation", overwrite=True, keep=3) as staging:
         scored.write_parquet(staging / "scored.parquet")
         table.write_parquet(staging / "metrics.parquet")

@@ -74,6 +74,13 @@ def line_of(run: FeatureRun) -> Line:
     return line
 
 
+def follow(run: FeatureRun, name: str | None) -> None:
+    """Daily steps go on with the line of the champion, if it knows one and it is still there."""
+    line = current_line(run)
+    if name is not None and line is not None and line.name != name and Line(run.output / "lines" / name).days("states"):
+        adopt(run, Line(run.output / "lines" / name))
+
+
 def adopt(run: FeatureRun, line: Line) -> None:
     """From now on daily steps go on with `line`."""
     with publish(run.line_path, KIND, overwrite=True, keep=3) as staging:

@@ -67,6 +67,7 @@ def check_outputs(run: Run) -> None:
     named = {
         "evaluate.truth": run.evaluate.truth,
         "evaluate.entire_space": run.evaluate.entire_space,
+        "gate.outputs": run.gate.outputs,
         "calibrate.outputs": (run.calibrate and run.calibrate.outputs) or (),
     }
     for setting, names in named.items():

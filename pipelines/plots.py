@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
+from recsys.gate import Comparison, title
+
 # Model and truth are Okabe and Ito's blue and vermilion, which colour-blind eyes tell apart.
 INK, MUTED, LINE, PAPER = "#1b1f24", "#626b76", "#d5dae0", "#fffffe"
 MODEL, TRUTH = "#0072b2", "#d55e00"
@@ -334,6 +336,65 @@ def scatter(
         _legend_above(figure, axes)
 
     return _plot(name, text, 3.9, draw)
+
+
+# Between two models
+
+
+def forest(name: str, comparisons: Sequence[Comparison]) -> Plot:
+    """Each difference of candidate and champion (finite) with its interval, in units of its own margin."""
+    labels = [f"{c.output}: {title(c.metric)}" + ("" if c.slice == "all" else f", {c.slice}") for c in comparisons]
+    places = np.arange(len(comparisons))
+    # Without a usable margin, the interval's own width is the unit.
+    spans = [max(c.upper - c.difference if c.upper < math.inf else 0, abs(c.difference), 1e-12) for c in comparisons]
+    units = [c.margin if 0 < c.margin < math.inf else s for c, s in zip(comparisons, spans, strict=True)]
+    value, lower, upper, limit = (
+        np.array([[c.difference, c.lower, c.upper, -c.margin] for c in comparisons]) / np.array(units)[:, None]
+    ).T
+    limit = np.where(np.isfinite(limit), limit, np.nan)
+    reach = 1.2 * max(2.0, *(float(np.abs(a[np.isfinite(a)]).max(initial=0)) for a in (value, lower, upper)))
+    lower, upper = np.clip(lower, -reach, reach), np.clip(upper, -reach, reach)
+
+    def draw(figure: Figure, axes: Axes) -> None:
+        axes.axvline(0, color=MUTED, linewidth=1, linestyle="--", label="equal")
+        axes.plot(limit, places, linestyle="", marker="|", markersize=12, markeredgewidth=1.6, color=TRUTH,
+                  label="margin")  # fmt: skip
+        axes.hlines(places, lower, upper, color=MODEL, linewidth=1.2)
+        axes.plot(value, places, linestyle="", marker="o", markersize=5.5, color=MODEL, label="candidate, interval")
+        axes.set_xscale("symlog", linthresh=2, linscale=1.5)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(-reach, reach)
+        axes.set_yticks(places, [short(label, 44) for label in labels])
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("worse than the champion  ·  better, in margins")
+        _legend_above(figure, axes)
+
+    height = 1.15 + 0.24 * len(labels)
+    return _plot(name, "Differences of candidate and champion", height, draw, width=1.5 * SIDE)
+
+
+def shift(name: str, output: str, scores: Mapping[str, NDArray[Any]]) -> Plot:
+    """How the scores of two models are distributed; the first is drawn grey."""
+    top = max(float(np.quantile(scores_N, 0.999)) for scores_N in scores.values()) or 1.0
+    edges = np.linspace(0, top, 51)
+
+    def draw(figure: Figure, axes: Axes) -> None:
+        for (model, scores_N), colour in zip(scores.items(), (MUTED, MODEL), strict=True):
+            share = np.histogram(np.clip(scores_N, 0, top), edges)[0] / max(scores_N.size, 1)
+            axes.stairs(share, edges, color=colour, fill=True, alpha=0.25)
+            axes.stairs(share, edges, color=colour, linewidth=1.5, label=model)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}"))
+        axes.set_xlabel(f"predicted probability, {short(output, 40)}")
+        axes.set_ylabel("share of the rows")
+        axes.set_xlim(0, top)
+        axes.set_ylim(bottom=0)
+        _legend_above(figure, axes)
+
+    return _plot(name, f"Distribution of {output} by both models", 3.6, draw)
 
 
 def _legend_above(figure: Figure, axes: Axes) -> None:

@@ -1,53 +1,126 @@
 """promote: challenger against champion on the same raw rows; the alias moves only if the gate says so."""
 
-import mlflow
+from collections.abc import Sequence
+from typing import Literal
 
+import mlflow
+import polars as pl
+
+from base.errors import DataError, RegistryError, Superseded
+from base.storage import read_manifest, resolve
 from pipelines.config import Run
-from pipelines.measure import held_out, scored_table
+from pipelines.evaluate import record
+from pipelines.judgement import Judgement, publish_judgement
+from pipelines.line import follow
+from pipelines.measure import check_outputs, held_out, scored_table
 from pipelines.tracking import registry_of
 from recsys.bundle import Bundle
 from recsys.device import pick_device
-from recsys.gate import Verdict, judge
-from recsys.metrics import evaluate, headline
-from recsys.registry import CHALLENGER
+from recsys.gate import Reason, Verdict, judge, seen, superseded
+from recsys.paired import compare
+from recsys.registry import CHALLENGER, ModelRegistry, Registered
+
+_TAGS = {"promoted": "passed", "refused": "refused", "held": "held"}
 
 
-def promote(run: Run, *, version: str | None = None, partition: str | None = None) -> Verdict:
-    """Judge a version (by default the challenger), write the verdict to MLflow, and promote it if it passes.
+def promote(run: Run, *, version: str | None = None, partition: str | None = None, approve: bool = False) -> Verdict:
+    """Judge a version (by default the day's, or else the challenger), publish the verdict, promote it if it passes.
 
-    Each model computes its own features from the raw rows. Judging the champion again changes nothing.
+    Each model computes its own features from the raw rows. `approve` promotes a version that is held, not one that is
+    refused. Run again, it comes to the same verdict, and judging the champion changes nothing: the alias moves last.
+    Raises RegistryError if another version has become champion meanwhile, Superseded if the champion has learned from
+    later days than the candidate, DataError if either has learned from the day.
     """
+    check_outputs(run)
     registry = registry_of(run)
-    candidate = registry.find(version or CHALLENGER)
+    candidate = _candidate(run, registry, version)
     champion = registry.champion()
-    if champion == candidate:
-        return Verdict(promoted=True, reasons=(f"version {candidate.version} is the champion already",))
+    partition = partition or (f"day={run.day}" if run.day else None)
     partitions = held_out(run, partition)
-
-    def measured(bundle: Bundle) -> dict[str, dict[str, float]]:
-        # What only the champion gives cannot be measured by the candidate's labels; the gate names it by its absence.
-        outputs = [o for o in bundle.outputs if {o.label, o.given or o.label} <= set(run.labels)]
-        scored = scored_table(run, bundle.to(pick_device(run.device)), partitions)
-        table = evaluate(scored, outputs)
-        unmeasured: dict[str, dict[str, float]] = {o.name: {} for o in bundle.outputs if o not in outputs}
-        return {o.name: headline(table, o.name) for o in outputs} | unmeasured
-
-    found = measured(registry.bundle_of(candidate))
-    reference = measured(registry.bundle_of(champion)) if champion else None
-    verdict = judge(found, reference, run.gate)
-    record = {
-        "candidate": candidate.version,
-        "champion": champion.version if champion else None,
-        "partitions": partitions,
-        "candidate_metrics": found,
-        "champion_metrics": reference,
-        "verdict": verdict.model_dump(mode="json"),
-    }
-    with registry.run(candidate.run_id):
-        mlflow.log_dict(record, f"gate/version-{candidate.version}.json")
-    registry.tag(
-        candidate, {"gate": "passed" if verdict.promoted else "refused", "gate.reasons": "; ".join(verdict.reasons)}
+    bundle = registry.bundle_of(candidate)
+    if champion == candidate:
+        follow(run, bundle.origin.line)  # a run that was killed before it came to that
+        return _said("promoted", "pass", f"version {candidate.version} is the champion already")
+    if candidate.rolled_back and version is None:
+        said = f"version {candidate.version} was rolled back at {candidate.rolled_back}; promote it with --version"
+        return _said("refused", "refuse", said)
+    reference = registry.bundle_of(champion) if champion else None
+    _require_unseen(partitions, bundle, reference)
+    scored = _scored(run, bundle, partitions)
+    reference_scored = _scored(run, reference, partitions) if reference else None
+    evidence = compare(
+        scored,
+        reference_scored,
+        bundle.outputs,
+        run.gate,
+        champion_outputs=reference.outputs if reference else (),
+        by=run.evaluate.slices,
+        user=run.evaluate.user,
     )
+    found = judge(evidence, run.gate)
+    verdict = found.approved() if approve else found
+    judgement = Judgement(
+        bundle=bundle.version,
+        candidate=candidate.version,
+        champion=champion.version if champion else None,
+        candidate_origin=bundle.origin,
+        champion_origin=reference.origin if reference else None,
+        partitions=tuple(partitions),
+        approved=verdict != found,
+        verdict=verdict,
+        evidence=evidence,
+        gates=run.gate,
+    )
+    outputs = [o.name for o in bundle.outputs]
+    folder = publish_judgement(judgement, run.gate_path(partition or "test"), outputs, scored, reference_scored)
+    if run.day:
+        record(run, bundle, scored, f"day={run.day}")
+    with registry.run(candidate.run_id):
+        mlflow.log_artifacts(str(folder), f"gate/version-{candidate.version}")
+    decision = "approved" if judgement.approved else _TAGS[verdict.decision]
+    against = [str(r) for r in verdict.reasons if r.ruling != "pass"]
+    registry.tag(candidate, {"gate": decision, "gate.reasons": "; ".join(against)[:4000]})
     if verdict.promoted:
-        registry.promote(candidate)
+        if registry.champion() != champion:
+            raise RegistryError(
+                f"model {registry.name!r}: another version became champion while version {candidate.version} was "
+                "judged; run `recsys promote` again"
+            )
+        registry.promote(candidate, again=version is not None)
+        follow(run, bundle.origin.line)
     return verdict
+
+
+def _candidate(run: Run, registry: ModelRegistry, version: str | None) -> Registered:
+    """The version asked for; that of the run's day; without days the challenger."""
+    if version is not None or run.day is None:
+        return registry.find(version or CHALLENGER)
+    folder = resolve(run.bundle_path, "bundle", made_by=f"`recsys train --day {run.day}`")
+    return registry.of_training(read_manifest(folder).version)
+
+
+def _require_unseen(partitions: Sequence[str], candidate: Bundle, champion: Bundle | None) -> None:
+    """Neither model may have learned from the rows that they are judged on."""
+    if champion and superseded(candidate.origin.trained_to, champion.origin.trained_to):
+        raise Superseded(
+            f"the candidate is trained to {candidate.origin.trained_to}, the champion to "
+            f"{champion.origin.trained_to}: a later day has been promoted already"
+        )
+    origins = {"candidate": candidate.origin} | ({"champion": champion.origin} if champion else {})
+    days = [(partition, partition.removeprefix("day=")) for partition in partitions if partition.startswith("day=")]
+    for name, origin in origins.items():
+        for partition, day in days:
+            for how, last in (("trained", origin.trained_to), ("calibrated", origin.calibrated_on)):
+                if seen(last, day):
+                    raise DataError(
+                        f"{partition}: the {name} has been {how} on days to {last}, which would flatter it; judge on a "
+                        "later day"
+                    )
+
+
+def _said(decision: Literal["promoted", "refused"], ruling: Literal["pass", "refuse"], text: str) -> Verdict:
+    return Verdict(decision=decision, reasons=(Reason(ruling=ruling, text=text),))
+
+
+def _scored(run: Run, bundle: Bundle, partitions: Sequence[str]) -> pl.DataFrame:
+    return scored_table(run, bundle.to(pick_device(run.device)), partitions)

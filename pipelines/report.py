@@ -23,9 +23,10 @@ from base.storage import dump_json, is_published, publish, read_manifest, resolv
 from features.schema import Output
 from features.source import REASON
 from features.transforms import UNKNOWN
-from pipelines import page, plots, tasks_page
+from pipelines import judgement, page, plots, tasks_page
 from pipelines.config import Run
 from pipelines.evaluate import evaluation_of
+from pipelines.line import Line
 from pipelines.measure import held_out, questions, truth_of
 from pipelines.plots import Plot
 from pipelines.tracking import registry_of
@@ -55,6 +56,7 @@ def report(run: Run, *, partition: str | None = None) -> Path:
 
     Raises ArtefactError if there is no evaluation, or it is of another bundle or other columns than the run's.
     """
+    partition = partition or (f"day={run.day}" if run.day else None)
     facts = _gather(run, partition)
     registry = registry_of(run)
     run_id = registry.run_of_training(facts.bundle.version)
@@ -63,6 +65,7 @@ def report(run: Run, *, partition: str | None = None) -> Path:
         _heading(facts, _registered(run, registry.versions_of_run(run_id))),
         tasks_page.funnel(run, facts.bundle, facts.scored, drawn),
         *(_quality(facts, output, drawn) for output in questions(run, facts.bundle.outputs)),
+        judgement.section(run.gate_path(partition or "test"), facts.bundle.version, drawn),
         tasks_page.experts(facts.bundle, facts.sample, drawn),
         _how_it_learned(facts, drawn),
         _slices(facts, drawn),
@@ -584,10 +587,11 @@ def _features(facts: _Facts) -> Iterator[list[str]]:
 def _data(facts: _Facts) -> list[list[str]]:
     """Which raw files: from the examples' manifests, and for the test rows from the files as they are now."""
     found: list[list[str]] = []
-    run = facts.run
+    run, line = facts.run, facts.bundle.origin.line
+    path_of = run.examples_path if line is None else Line(run.output / "lines" / line).examples_path
     for role in ("train", "valid"):
         for partition in run.source.partitions(role):
-            target = run.examples_path(partition)
+            target = path_of(partition)
             about = read_manifest(resolve(target, "examples")).about if is_published(target) else {}
             if about.get("pipeline") in facts.bundle.features.accepts:
                 aside = f"{sum(about['bad'].values()):,}"

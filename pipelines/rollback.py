@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from pipelines.config import Run
+from pipelines.line import follow
 from pipelines.tracking import registry_of
 from recsys.registry import CHAMPION, Registered
 
@@ -10,11 +11,16 @@ from recsys.registry import CHAMPION, Registered
 def rollback(run: Run, *, say: Callable[[str], None] = print) -> Registered:
     """Return to the previous champion, after loading it, and print from which version to which.
 
+    Daily steps go on with its line; where that is the same, they go on from the newest state, the one that the version
+    rolled back was made of: train anew with --full if that is what was bad.
+
     Raises RegistryError if there is none, ArtefactError if its Bundle is damaged; the champion then stays.
     """
     registry = registry_of(run)
-    registry.bundle_of(registry.previous()).check_golden()
+    bundle = registry.bundle_of(registry.previous())
+    bundle.check_golden()
     left = registry.aliases().get(CHAMPION)
     champion = registry.rollback()
+    follow(run, bundle.origin.line)
     say(f"champion of {registry.name!r}: from version {left or 'none'} back to version {champion.version}")
     return champion

@@ -26,7 +26,7 @@ from recsys.calibration import Calibrator, fit_calibrator
 from recsys.data import ExampleStream
 from recsys.device import pick_device
 from recsys.metrics import evaluate, headline, in_space
-from recsys.registry import ModelRegistry, Registered
+from recsys.registry import TRAINING, ModelRegistry, Registered
 from recsys.trainer import Progress, Trained
 
 GOLDEN_ROWS = 64

@@ -70,6 +70,32 @@ def _below_twice(few_P: NDArray[Any], many_M: NDArray[Any]) -> int:
     return int(below) + int(below_or_tied)
 
 
+class WeightedAuc:
+    """The AUC of the same rows under many weights, as if each row were there so many times; sorted once.
+
+    Shapes: D weightings, P positives, M negatives. Raises as `roc_auc` does.
+    """
+
+    def __init__(self, labels_N: ArrayLike, scores_N: ArrayLike) -> None:
+        y_N, s_N = _labels(labels_N), _scores(scores_N)
+        _same_length(y_N, s_N)
+        # In the order of the scores, so that what is looked up next lies beside what was looked up before.
+        order_N = np.argsort(s_N, kind="stable")
+        self._positive_P, self._negative_M = order_N[y_N[order_N]], order_N[~y_N[order_N]]
+        s_P, s_M = s_N[self._positive_P], s_N[self._negative_M]
+        self._below_P, self._reached_P = (np.searchsorted(s_M, s_P, side) for side in ("left", "right"))
+
+    def __call__(self, weights_DN: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+        """auc_D, exact as `roc_auc` is; nan where the weights leave one class out."""
+        negatives_DM = np.zeros((len(weights_DN), self._negative_M.size + 1), np.int64)
+        np.cumsum(weights_DN[:, self._negative_M], axis=1, out=negatives_DM[:, 1:])
+        weights_DP = weights_DN[:, self._positive_P].astype(np.int64)
+        twice_won_DP = negatives_DM[:, self._below_P] + negatives_DM[:, self._reached_P]
+        pairs_D = weights_DP.sum(axis=1) * negatives_DM[:, -1]
+        twice_won_D = np.einsum("dp,dp->d", twice_won_DP, weights_DP)
+        return np.where(pairs_D > 0, twice_won_D / np.maximum(2 * pairs_D, 1), np.nan)
+
+
 def grouped_auc(labels_N: ArrayLike, scores_N: ArrayLike, groups_N: ArrayLike) -> float:
     """AUC inside each group (a user), averaged over groups by their number of rows.
 
@@ -223,6 +249,27 @@ def _equal_mass(
     )
 
 
+# Between two models
+
+
+def population_stability(reference_N: ArrayLike, scores_M: ArrayLike, bins: int = 20) -> float:
+    """The population stability index of scores against those of a reference: 0 is equally distributed.
+
+    The sum over bins of (share - reference share) * log(share / reference share), which is the symmetric
+    Kullback-Leibler divergence; the bins have equal mass in the reference, and every count is one half higher, so
+    that it is finite. nan where either is empty. Raises DataError on NaN scores.
+    """
+    r_N, s_M = _scores(reference_N), _scores(scores_M)
+    if not r_N.size or not s_M.size:
+        return math.nan
+    edges = np.unique(np.quantile(r_N, np.linspace(0, 1, bins + 1)[1:-1]))
+    shares = []
+    for values in (r_N, s_M):
+        count_K = np.bincount(np.searchsorted(edges, values, "right"), minlength=edges.size + 1) + 0.5
+        shares.append(count_K / count_K.sum())
+    return float(((shares[1] - shares[0]) * np.log(shares[1] / shares[0])).sum())
+
+
 # A whole table
 
 
@@ -251,8 +298,8 @@ def evaluate(
     that are missing or share both name and space.
     """
     _check_request(scored, outputs, by, user)
-    whole = _Cut(ALL, [ALL], np.zeros(scored.height, np.uint8))
-    cuts = [whole, *(_cut(scored[name]) for name in dict.fromkeys(by))]
+    whole = Cut(ALL, [ALL], np.zeros(scored.height, np.uint8))
+    cuts = [whole, *(cut(scored[name]) for name in dict.fromkeys(by))]
     # A dense rank is a whole number for each user whatever the type of their ids; 0 is nobody.
     users_N = None if user is None else scored[user].rank("dense").fill_null(0).to_numpy()
     found = []
@@ -261,13 +308,13 @@ def evaluate(
         probabilities_N = _probability_column(scored[output.name])[known_N]
         labels_N = _label_column(scored[output.label].filter(known_N))
         known_users_N = None if users_N is None else users_N[known_N]
-        for cut in cuts:
-            code_N = cut.codes[known_N]
-            for code, value in enumerate(cut.values):
+        for part in cuts:
+            code_N = part.codes[known_N]
+            for code, value in enumerate(part.values):
                 inside_N = code_N == code
                 slice_users_N = None if known_users_N is None else known_users_N[inside_N]
                 measured = _measure(labels_N[inside_N], probabilities_N[inside_N], slice_users_N)
-                where = {"output": output.name, "space": output.space, "slice": cut.column, "value": value}
+                where = {"output": output.name, "space": output.space, "slice": part.column, "value": value}
                 found.append({**where, **measured})
     return pl.DataFrame(found, schema=_EVALUATION_SCHEMA)
 
@@ -313,7 +360,7 @@ def _measure(
 
 
 @dataclass(frozen=True)
-class _Cut:
+class Cut:
     """A column's values, and for each row of the table the position of its value."""
 
     column: str
@@ -321,7 +368,7 @@ class _Cut:
     codes: NDArray[np.uint8]
 
 
-def _cut(column: pl.Series) -> _Cut:
+def cut(column: pl.Series) -> Cut:
     named = column.cast(pl.String).fill_null(MISSING)
     sizes = named.to_frame("value").group_by("value").len()
     largest_first = sizes.sort("len", "value", descending=[True, False])["value"]
@@ -332,7 +379,7 @@ def _cut(column: pl.Series) -> _Cut:
     values = list(dict.fromkeys(values))  # the column may hold the word "(other)" itself
     rest = values.index(OTHER) if OTHER in values else None
     code = named.replace_strict(values, range(len(values)), default=rest, return_dtype=pl.UInt8)
-    return _Cut(column.name, values, code.to_numpy())
+    return Cut(column.name, values, code.to_numpy())
 
 
 # Checks
@@ -367,7 +414,7 @@ def _probability_column(column: pl.Series) -> NDArray[Any]:
         raise DataError(f"column {column.name!r} holds {column.dtype}, not probabilities; give one of numbers")
     given = column.drop_nulls()
     given_N = (given if column.dtype.is_float() else given.cast(pl.Float64)).to_numpy()
-    faults = _probability_faults(given_N, nulls=column.null_count())
+    faults = probability_faults(given_N, nulls=column.null_count())
     if faults:
         raise DataError(f"column {column.name!r}: {faults}")
     return given_N
@@ -410,13 +457,13 @@ def _scores(scores_N: ArrayLike) -> NDArray[Any]:
 
 def _probabilities(probabilities_N: ArrayLike) -> NDArray[Any]:
     p_N = _flat(probabilities_N, "probabilities")
-    faults = _probability_faults(p_N)
+    faults = probability_faults(p_N)
     if faults:
         raise DataError(faults)
     return p_N
 
 
-def _probability_faults(given_N: NDArray[Any], *, nulls: int = 0) -> str | None:
+def probability_faults(given_N: NDArray[Any], *, nulls: int = 0) -> str | None:
     """What is wrong with them, as a sentence; `nulls` were left out of `given_N`."""
     nans = int(np.isnan(given_N).sum())
     outside_N = (given_N < 0) | (given_N > 1)

@@ -106,6 +106,7 @@ threads = 1
 
 [gate]
 min_auc = 0.0
+max_normalized_entropy = 10.0
 """
 
 
