@@ -204,13 +204,17 @@ def rollback(run: "Run") -> None:
 @click.option(
     "--model", default="champion", show_default=True, help="An alias, a version number, or a bundle's folder."
 )
-def score(run: "Run", partition: str | None, overwrite: bool, model: str) -> None:
+@click.option("--if-missing", is_flag=True, help="Leave a partition that is scored already as it is.")
+def score(run: "Run", partition: str | None, overwrite: bool, if_missing: bool, model: str) -> None:
     """Score raw rows and publish the partition."""
+    from base.errors import ConfigError
     from pipelines.progress import Ticker
     from pipelines.score import score
 
+    if overwrite and if_missing:
+        raise ConfigError("--overwrite and --if-missing contradict each other: pass one of them")
     ticker = Ticker("score")
-    score(run, partition=partition, model=model, overwrite=overwrite, on_rows=ticker.on_rows)
+    score(run, partition=partition, model=model, overwrite=overwrite, if_missing=if_missing, on_rows=ticker.on_rows)
 
 
 @verb

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from base.storage import MANIFEST
+from base.storage import MANIFEST, is_published
 from pipelines.config import Run
 from pipelines.measure import held_out
 from pipelines.tracking import registry_of
@@ -19,10 +19,20 @@ def score(
     partition: str | None = None,
     model: str = CHAMPION,
     overwrite: bool = False,
+    if_missing: bool = False,
     on_rows: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Score partitions (by default the test ones) with a registered version, an alias, or a bundle's folder."""
+    """Score partitions (by default the test ones) with a registered version, an alias, or a bundle's folder.
+
+    With `if_missing` scores that are published stay as they are, where they would be an error.
+    """
+    missing = [n for n in held_out(run, partition) if not (if_missing and is_published(run.scores_path(n)))]
+    for name in held_out(run, partition):
+        if name not in missing:
+            say(f"{name}: scored already")
+    if not missing:
+        return []
     if (Path(model) / MANIFEST).is_file():
         bundle = Bundle.load(Path(model))
         version = f"bundle-{bundle.version}"
@@ -32,7 +42,7 @@ def score(
         bundle, version = registry.bundle_of(registered), registered.version
     bundle = bundle.to(pick_device(run.device))
     published: list[Path] = []
-    for name in held_out(run, partition):
+    for name in missing:
         target = run.scores_path(name)
         rows = publish_scores(
             bundle,
