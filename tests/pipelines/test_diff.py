@@ -33,7 +33,7 @@ PIPELINE = FeaturePipeline(
 
 
 def line() -> list[FittedPipeline]:
-    """The 3rd day retires b and c, the 4th revives c, and the 6th, three days after the 3rd, gives the row of b to e."""
+    """The 3rd day retires b and c, the 4th revives c, the 6th gives the row of b, free for three days, to e."""
     fitted = [PIPELINE.fit(log("aaabbbccd"), day=START)]
     for i, letters in enumerate(["aa", "aag", "aacc", "ac", "aceeefff"], 1):
         fitted.append(fitted[-1].extend(log(letters), day=START + timedelta(days=i), recycle_after_days=3))
