@@ -284,7 +284,7 @@ class FittedPipeline:
         self._check_kinds(merged.kinds)
         today = Today(day, recycle_after_days)
         learned = tuple(
-            t.settle(t.merge([old, new]), old, today) if t.learns else old
+            t.settle(new, old, today) if t.learns else old
             for t, old, new in zip(self.recipe.transforms, self.learned, merged.tables, strict=True)
         )
         pairs = zip(self.recipe.transforms, self.learned, learned, strict=True)

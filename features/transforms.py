@@ -65,7 +65,7 @@ class Transform(Config, ABC):
 
     @abstractmethod
     def settle(self, counts: pl.DataFrame, previous: pl.DataFrame | None, today: Today) -> pl.DataFrame:
-        """What `apply` needs, from merged counts; with `previous`, what it becomes when new days arrive."""
+        """What `apply` needs, from merged counts; with `previous`, what that becomes by the counts of new days."""
 
     def changed(self, before: pl.DataFrame, after: pl.DataFrame) -> pl.Series:
         """Rows of the table after extending (Int64, ascending) that are new, or another id's than before."""
@@ -327,40 +327,38 @@ class Vocabulary(_Ids):
         late, has_id = self._late(today.day), pl.col("id").is_not_null()
         tombstone = pl.when(late & has_id).then(pl.coalesce("retired", today.day)).otherwise("retired")
         table = table.filter(has_id | ~late).with_columns(retired=tombstone)
-        back = table.filter(pl.col("seen") > pl.col("retired"), ~late)
+        back = table.with_row_index("at").filter(pl.col("seen") > pl.col("retired"), ~late)
         if self.max_size is not None:
             back = back.sort("count", "value", descending=[True, False]).head(self._room(table))
-        if back.is_empty():
-            return table
-        table = table.join(back.select("value", back=True), on="value", how="left", maintain_order="left")
-        return table.with_columns(retired=pl.when(pl.col("back").is_null()).then("retired")).drop("back")
+        return table.with_columns(retired=table["retired"].clone().scatter(back["at"], None))
 
     def _admitted(self, table: pl.DataFrame, today: Today) -> pl.DataFrame:
         """Frequent values get ids: first the rows of tombstones that are old enough, lowest first, then new rows."""
+        table = table.with_row_index("at")
         fresh = table.filter(pl.col("id").is_null(), pl.col("count") >= self.min_count)
         fresh = fresh.sort("count", "value", descending=[True, False])
         if self.max_size is not None:
             fresh = fresh.head(self._room(table))
-        last = table["id"].count()
-        free = pl.Series("id", dtype=pl.Int32)
+        free = table.clear()
         if today.day is not None and today.recycle_after_days is not None:
             oldest = today.day - timedelta(days=today.recycle_after_days)
-            free = table.filter(pl.col("retired") <= oldest)["id"].sort().head(fresh.height)
-            table = table.join(free.to_frame(), on="id", how="anti", maintain_order="left")
-        appended = pl.int_range(last + 1, last + 1 + fresh.height - free.len(), dtype=pl.Int32, eager=True)
-        given = fresh.select("value").with_columns(pl.concat([free, appended.alias("id")]).alias("given"))
-        table = table.join(given, on="value", how="left", maintain_order="left")
-        return table.with_columns(id=pl.coalesce("id", "given"))
+            free = table.filter(pl.col("retired") <= oldest).sort("id").head(fresh.height)
+        last = table["id"].count()
+        appended = pl.int_range(last + 1, last + 1 + fresh.height - free.height, dtype=pl.Int32, eager=True)
+        given = table["id"].clone().scatter(fresh["at"], pl.concat([free["id"], appended.alias("id")]))
+        kept = pl.repeat(True, table.height, eager=True).scatter(free["at"], False)
+        return table.with_columns(given).filter(kept)
 
     def _room(self, table: pl.DataFrame) -> int:
         return max((self.max_size or 0) - _known(table).height, 0)
 
     def changed(self, before: pl.DataFrame, after: pl.DataFrame) -> pl.Series:
-        rows = after.select("id", "value").drop_nulls("id")
-        owners = before.select("id", owner="value").drop_nulls("id")
-        if owners.height:  # else it has no type yet
-            rows = rows.join(owners, on="id", how="left").filter(pl.col("value").ne_missing(pl.col("owner")))
-        return rows["id"].sort().cast(pl.Int64)
+        owners, was = (t.filter(pl.col("id").is_not_null()).sort("id")["value"] for t in (after, before))  # of rows 1..
+        appended = pl.int_range(was.len() + 1, owners.len() + 1, eager=True)
+        if was.is_empty():  # it has no type yet
+            return appended
+        recycled = (owners.head(was.len()) != was).arg_true().cast(pl.Int64) + 1
+        return pl.concat([recycled, appended.alias(recycled.name)])
 
     def crossing(self, before: pl.DataFrame, after: pl.DataFrame) -> date | None:
         tombstones = before.filter(pl.col("retired").is_not_null()).select("id", "retired", owner="value")
@@ -399,14 +397,22 @@ def _known(learned: pl.DataFrame) -> pl.DataFrame:
 
 
 def _aged(counts: pl.DataFrame, previous: pl.DataFrame | None, day: date | None) -> pl.DataFrame:
-    """Merged counts with what was known of each value; one that has gained counts was seen on `day`."""
+    """What was known of each value with `counts` added to it, those without an entry at the end, by value."""
     today = pl.lit(day, pl.Date)
+    novel = counts.with_columns(id=pl.lit(None, pl.Int32), seen=today, retired=pl.lit(None, pl.Date))
     if previous is None or not previous.height:  # a column of nulls has no type yet
-        return counts.with_columns(id=pl.lit(None, pl.Int32), seen=today, retired=pl.lit(None, pl.Date))
-    table = counts.join(previous.rename({"count": "was"}), on="value", how="left", maintain_order="left")
-    is_seen = pl.col("count") > pl.col("was").fill_null(0)
-    # Without a day until now, the clock of what is known starts today.
-    return table.with_columns(seen=pl.when(is_seen).then(today).otherwise(pl.coalesce("seen", today))).drop("was")
+        return novel
+    if not counts.height:
+        novel = previous.clear()
+        counts = novel.select("value", "count")
+    known = previous.join(counts.rename({"count": "gained"}), on="value", how="left", maintain_order="left")
+    known = known.with_columns(
+        count=pl.col("count") + pl.col("gained").fill_null(0),
+        # Without a day until now, the clock of what is known starts today.
+        seen=pl.when(pl.col("gained").is_not_null()).then(today).otherwise(pl.coalesce("seen", today)),
+    )
+    novel = novel.join(previous.select("value"), on="value", how="anti", maintain_order="left")
+    return pl.concat([known.drop("gained"), novel.select(previous.columns)])
 
 
 class _Stateless(Transform, ABC):

@@ -246,6 +246,7 @@ def clean(run: "Run", keep: int) -> None:
 @click.option("--conversion-rate", type=float, help="Add conversions: their mean probability, if clicked.")
 @click.option("--taste", type=float, help="Weight of a hidden affinity of user and item in clicks and conversions.")
 @click.option("--confounding", type=float, help="Weight of a hidden cause of both that nothing can teach.")
+@click.option("--drift", type=float, help="Share of taste that a day forgets; ids fade, too.  [default: 0]")
 @click.option("--delay-days", "conversion_delay_days", type=float, help="Mean delay of the conversions.")
 @click.option("--observed-until", metavar="DAY", help="The last day whose conversions are in the log.")
 @overwrite_option
@@ -276,6 +277,19 @@ def demo(output: Path, rows: int) -> None:
         from pipelines.demo import demo
 
         demo(output, rows)
+
+
+@main.command()
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def diff(before: Path, after: Path, as_json: bool) -> None:
+    """What changed between the features of BEFORE and AFTER, each a published folder of features, or a bundle."""
+    with _reported():
+        from pipelines.diff import diff, diff_text
+
+        found = diff(before, after)
+        click.echo(found.model_dump_json(indent=2) if as_json else diff_text(found))
 
 
 @main.command()

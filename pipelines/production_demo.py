@@ -39,7 +39,9 @@ def production_demo(output: Path, rows: int, days: int) -> None:
         airflow.unpause("features", "training", "full_retrain", "scoring")
         _say(started, f"full training for {FIRST}: three days, gate")
         _finish(deployment, "full_retrain", airflow.trigger("full_retrain", str(FIRST)))
-        table = [["day", "rows", "new ids", "AUC of yesterday's champion", "challenger", "verdict", "champion", "scored"]]
+        table = [
+            ["day", "rows", "new ids", "AUC of yesterday's champion", "challenger", "verdict", "champion", "scored"]
+        ]
         for number in range(1, days + 1):
             day = FIRST + timedelta(days=number)
             generate(log, [day], output / "logs", overwrite=True)
@@ -71,7 +73,9 @@ def _finish(deployment: Deployment, dag: str, run_id: str) -> None:
     """Wait for a run. Raises SetupError naming the task that failed, and where its log is."""
     if deployment.airflow.wait(dag, run_id, seconds=900) == "failed":
         failed = [t for t, state in deployment.airflow.states(dag, run_id).items() if state == "failed"]
-        raise SetupError(f"{dag} {run_id}: {', '.join(failed)} failed; its log is below {deployment.folder / 'airflow' / 'logs'}")
+        raise SetupError(
+            f"{dag} {run_id}: {', '.join(failed)} failed; its log is below {deployment.folder / 'airflow' / 'logs'}"
+        )
 
 
 def _row(run: Run, day: date) -> list[str]:

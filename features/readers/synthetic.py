@@ -6,6 +6,8 @@ draw added later moves no draw made before.
 
 With `conversion_rate` set, the log is a funnel: every impression also has the conversion that would follow its
 click, and three known probabilities, of the click, of the conversion if clicked, and of both.
+
+With `drift` set, taste moves from day to day and ids fade: a model is worth less the older it is.
 """
 
 import hashlib
@@ -116,6 +118,12 @@ class SyntheticConfig(Config):
     which nothing can teach. The probabilities of the log do not know that normal: they are means over it, by
     quadrature to 1e-8 at confounding 1, 3e-5 at 2, 1e-3 at 3.
 
+    `drift` is the share of taste that a day forgets: every effect of an id, of a pair of levels and of the affinity
+    moves on a path of its own, whose spread stays and whose correlation over t days is exp(-drift t) (the match of
+    user and item, a product of two, moves twice as fast); slopes of numbers and hours stay. With it, ids fade too,
+    as many a day as are born, the popular ones no less than others; an id born on that day takes the place of one that
+    fades, so that popularity stays. The rates are met on every day, and `start` is the same day as without drift.
+
     A conversion arrives `conversion_delay_days` after its impression's day, in the mean of an exponential
     distribution; whole days count. The log shows what has arrived by the end of the day `observed_until`.
     """
@@ -131,6 +139,7 @@ class SyntheticConfig(Config):
     conversion_rate: float | None = Field(default=None, gt=0, lt=1)
     taste: float = Field(default=0.0, ge=0, le=10)
     confounding: float = Field(default=0.0, ge=0, le=3)
+    drift: float = Field(default=0.0, ge=0, le=1)
     conversion_delay_days: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     observed_until: date | None = None
 
@@ -177,46 +186,56 @@ def day_frame(config: SyntheticConfig, day: date) -> pl.DataFrame:
     return pl.concat(generate_day(config, day), rechunk=True)
 
 
-def id_effect(config: SyntheticConfig, field: str, ids: Ints) -> Floats:
-    """Main effect of each id on the click logit, shape of `ids`; the same on every day.
+def id_effect(config: SyntheticConfig, field: str, ids: Ints, day_index: int = 0) -> Floats:
+    """Main effect of each id on the click logit, shape of `ids`, `day_index` days after `start`.
 
     `field` is user_id, item_id or one of LEVELS; an id is the number in a user's name, an item's id, or an index
-    into LEVELS[field].
+    into LEVELS[field]. Without drift, it is the same on every day.
     """
-    return _MAIN_SD[field] * _normal(_key(config.seed, "effect", field), ids)
+    return _MAIN_SD[field] * _moving(config, day_index, ids, "effect", field)
 
 
-def conversion_effect(config: SyntheticConfig, field: str, ids: Ints) -> Floats:
+def conversion_effect(config: SyntheticConfig, field: str, ids: Ints, day_index: int = 0) -> Floats:
     """As `id_effect`, on the conversion logit; independent of it."""
-    return _CONVERSION_MAIN_SD[field] * _normal(_key(config.seed, "conversion effect", field), ids)
+    return _CONVERSION_MAIN_SD[field] * _moving(config, day_index, ids, "conversion effect", field)
 
 
-def affinity(config: SyntheticConfig, user_N: Ints, item_N: Ints) -> Floats:
-    """What `config.taste` weighs: mean 0 and standard deviation 1 over pairs of ids; the same on every day.
+def affinity(config: SyntheticConfig, user_N: Ints, item_N: Ints, day_index: int = 0) -> Floats:
+    """What `config.taste` weighs: mean 0 and standard deviation 1 over pairs of ids, `day_index` days after `start`.
 
     Of its variance, 64% is the item's quality, 23% the user's disposition, and 13% their match: the scalar product
     of two vectors of four normals. Over a log, in which a few items take most of the rows, it varies with the seed.
     """
 
     def taste(owner: str, axis: int, ids: Ints) -> Floats:
-        return _normal(_key(config.seed, "taste", owner, f"{axis}"), ids)
+        return _moving(config, day_index, ids, "taste", owner, f"{axis}")
 
-    quality = _normal(_key(config.seed, "quality"), item_N)
-    disposition = _normal(_key(config.seed, "disposition"), user_N)
+    quality = _moving(config, day_index, item_N, "quality")
+    disposition = _moving(config, day_index, user_N, "disposition")
     match = sum((taste("user", axis, user_N) * taste("item", axis, item_N) for axis in range(_TASTE_DIM)), start=0.0)
     return _QUALITY_SD * quality + _DISPOSITION_SD * disposition + _MATCH_SD / np.sqrt(_TASTE_DIM) * match
 
 
-def planted_effects(config: SyntheticConfig, pair: tuple[str, str]) -> pl.DataFrame:
+def planted_effects(config: SyntheticConfig, pair: tuple[str, str], day_index: int = 0) -> pl.DataFrame:
     """Effect on the click logit of every pair of levels: columns pair[0], pair[1] and `effect` (Float64).
 
-    `pair` is one of INTERACTIONS. Over the log, the effect has mean 0 at every level of either field and standard
-    deviation 1, but for sampling error.
+    `pair` is one of INTERACTIONS; the day is `day_index` days after `start`. Over its log, the effect has mean 0 at
+    every level of either field and standard deviation 1, but for sampling error.
     """
-    matrix = _world(config).interactions[pair]
+    matrix = _world(config, day_index).interactions[pair]
     first, second = (LEVELS[field] for field in pair)
     cells = [(a, b, matrix[i, j]) for i, a in enumerate(first) for j, b in enumerate(second)]
     return pl.DataFrame(cells, schema={pair[0]: pl.String, pair[1]: pl.String, "effect": pl.Float64}, orient="row")
+
+
+def _moving(config: SyntheticConfig, day_index: int, ids: Ints, *what: str) -> Floats:
+    """Standard normals that turn, each at a speed of its own; Cauchy's speeds make their correlation exponential."""
+    first = _normal(_key(config.seed, *what), ids)
+    if not config.drift * day_index:
+        return first
+    speed = np.tan(np.pi * (_uniform(_key(config.seed, "speed", *what), ids) - 0.5)).clip(-1e6, 1e6)
+    angle = config.drift * day_index * speed
+    return np.cos(angle) * first + np.sin(angle) * _normal(_key(config.seed, "turned", *what), ids)
 
 
 # The log: who saw what.
@@ -251,7 +270,10 @@ def _impressions(config: SyntheticConfig, stream: str, day_index: int, row: Ints
         births = max(1, round(first * _BIRTHS))
         before = first + day_index * births
         born_today = before + (draw(what) * births).astype(np.int64)
-        return np.where(draw(f"new {what}") < new_share, born_today, popularity(draw(what), before))
+        if not config.drift:
+            return np.where(draw(f"new {what}") < new_share, born_today, popularity(draw(what), before))
+        known = _heirs(config, what, popularity(draw(what), first), day_index, first, births)
+        return np.where(draw(f"new {what}") < new_share, born_today, known)
 
     user = alive("user", config.users, config.new_user_share, _flat_popularity)
     item = alive("item", config.items, config.new_item_share, _zipf_popularity)
@@ -288,6 +310,20 @@ def _impressions(config: SyntheticConfig, stream: str, day_index: int, row: Ints
     )
 
 
+def _heirs(config: SyntheticConfig, what: str, ids: Ints, day_index: int, first: int, births: int) -> Ints:
+    """Who is there on `day_index` in the place of each id: itself, or one born on the day it faded, and so on."""
+    ids = ids.copy()
+    while True:
+        born = np.maximum((ids - first) // births, 0)
+        life = -np.log1p(-_uniform(_key(config.seed, what, "life"), ids)) / _BIRTHS
+        faded = born + 1 + np.minimum(life, day_index).astype(np.int64)
+        gone = faded <= day_index
+        if not gone.any():
+            return ids
+        heir = (_uniform(_key(config.seed, what, "heir"), ids[gone]) * births).astype(np.int64)
+        ids[gone] = first + faded[gone] * births + heir
+
+
 def _flat_popularity(draw: Floats, count: int) -> Ints:
     """Popularity falls with the square root of the id."""
     return (count * draw**2).astype(np.int64)
@@ -312,49 +348,53 @@ def _tag(slot: int, draw: Floats) -> Ints:
 
 @dataclass(frozen=True, slots=True)
 class _World:
-    """What is the same on every day."""
+    """What all rows of a day share; without drift, all days."""
+
+    day_index: int
 
     interactions: Mapping[tuple[str, str], Floats]  # (levels of the first field, levels of the second)
     click_intercept: float
     conversion_intercept: float  # 0 where there is no funnel
 
 
-def _world(config: SyntheticConfig) -> _World:
-    return _world_of(config.model_dump_json(exclude={"rows_per_day", "conversion_delay_days", "observed_until"}))
+def _world(config: SyntheticConfig, day_index: int) -> _World:
+    text = config.model_dump_json(exclude={"rows_per_day", "conversion_delay_days", "observed_until"})
+    return _world_of(text, day_index if config.drift else 0)
 
 
-@lru_cache(maxsize=16)
-def _world_of(text: str) -> _World:
+@lru_cache(maxsize=64)
+def _world_of(text: str, day_index: int) -> _World:
     """Centres the interactions and solves the intercept on a reference sample that is no day of the log."""
     config = SyntheticConfig.model_validate_json(text)
-    sample = _impressions(config, "reference", 0, np.arange(_REFERENCE_ROWS))
-    interactions = {pair: _interaction(config, sample, pair) for pair in INTERACTIONS}
-    world, taste = _World(interactions, 0.0, 0.0), _taste(config, sample)
+    sample = _impressions(config, "reference", day_index, np.arange(_REFERENCE_ROWS))
+    interactions = {pair: _interaction(config, sample, pair, day_index) for pair in INTERACTIONS}
+    world = _World(day_index, interactions, 0.0, 0.0)
+    taste = _taste(config, world, sample)
     click = _intercept(_click_logit(config, world, sample, taste), config.click_rate, config.confounding)
     if config.conversion_rate is None:
-        return _World(interactions, click, 0.0)
+        return _World(day_index, interactions, click, 0.0)
     logit = _conversion_logit(config, world, sample, taste)
-    return _World(interactions, click, _intercept(logit, config.conversion_rate, config.confounding))
+    return _World(day_index, interactions, click, _intercept(logit, config.conversion_rate, config.confounding))
 
 
-def _interaction(config: SyntheticConfig, sample: _Impressions, pair: tuple[str, str]) -> Floats:
+def _interaction(config: SyntheticConfig, sample: _Impressions, pair: tuple[str, str], day_index: int) -> Floats:
     """Random, then centred by row and by column, so that no sum of main effects can explain any of it."""
     sizes = [len(LEVELS[field]) for field in pair]
     rows, columns = (np.bincount(sample.ids[field], minlength=len(LEVELS[field])) / _REFERENCE_ROWS for field in pair)
-    matrix = _normal(_key(config.seed, "interaction", *pair), np.arange(sizes[0] * sizes[1])).reshape(sizes)
+    matrix = _moving(config, day_index, np.arange(sizes[0] * sizes[1]), "interaction", *pair).reshape(sizes)
     matrix = matrix - (matrix @ columns)[:, None]
     matrix = matrix - rows @ matrix
     return matrix * (_INTERACTION_SD / np.sqrt(rows @ matrix**2 @ columns))
 
 
-def _taste(config: SyntheticConfig, seen: _Impressions) -> Floats:
+def _taste(config: SyntheticConfig, world: _World, seen: _Impressions) -> Floats:
     if not config.taste:
         return np.zeros(len(seen.row))
-    return config.taste * affinity(config, seen.ids["user_id"], seen.ids["item_id"])
+    return config.taste * affinity(config, seen.ids["user_id"], seen.ids["item_id"], world.day_index)
 
 
 def _click_logit(config: SyntheticConfig, world: _World, seen: _Impressions, taste: Floats) -> Floats:
-    logit = _field_effects(world.click_intercept, seen, partial(id_effect, config))
+    logit = _field_effects(world.click_intercept, seen, partial(id_effect, config, day_index=world.day_index))
     for (first, second), matrix in world.interactions.items():
         logit += matrix[seen.ids[first], seen.ids[second]]
     logit += 0.15 * np.cos((seen.hour - 20) * np.pi / 12)
@@ -366,7 +406,9 @@ def _click_logit(config: SyntheticConfig, world: _World, seen: _Impressions, tas
 
 def _conversion_logit(config: SyntheticConfig, world: _World, seen: _Impressions, taste: Floats) -> Floats:
     """Of converting, if clicked."""
-    logit = _field_effects(world.conversion_intercept, seen, partial(conversion_effect, config))
+    logit = _field_effects(
+        world.conversion_intercept, seen, partial(conversion_effect, config, day_index=world.day_index)
+    )
     logit -= 0.50 * np.nan_to_num(seen.price_z)
     return logit + taste
 
@@ -412,10 +454,11 @@ def _intercept(logit: Floats, rate: float, confounding: float) -> float:
 
 
 def _chunks(config: SyntheticConfig, day: date, chunk_rows: int) -> Iterator[pl.DataFrame]:
-    world, stream = _world(config), day.isoformat()
+    day_index, stream = (day - config.start).days, day.isoformat()
+    world = _world(config, day_index)
     for begin in range(0, config.rows_per_day, chunk_rows):
         row = np.arange(begin, min(begin + chunk_rows, config.rows_per_day))
-        seen = _impressions(config, stream, (day - config.start).days, row)
+        seen = _impressions(config, stream, day_index, row)
         yield _feature_frame(day, seen).with_columns(_outcomes(config, world, day, seen))
 
 
@@ -423,7 +466,7 @@ def _outcomes(config: SyntheticConfig, world: _World, day: date, seen: _Impressi
     def key(what: str) -> int:
         return _key(config.seed, day.isoformat(), what)
 
-    taste = _taste(config, seen)
+    taste = _taste(config, world, seen)
     hidden = config.confounding * _normal(key("hidden"), seen.row)
     click_logit = _click_logit(config, world, seen, taste)
     click = _uniform(key("click"), seen.row) < _sigmoid(click_logit + hidden)

@@ -486,6 +486,128 @@ def test_the_command_line_writes_a_funnel(tmp_path: Path) -> None:
     assert "observed_until = 2026-02-01" in refused.output
 
 
+# Drift
+
+
+def drifting(**dials: object) -> SyntheticConfig:
+    dials = {"rows_per_day": 20_000, "users": 5_000, "items": 2_000, "drift": 0.1, **dials}
+    return SyntheticConfig.model_validate(dials)
+
+
+@pytest.mark.parametrize("dials", [{}, {**RATES, "taste": 1.0, "confounding": 1.5}])
+def test_drift_starts_from_the_log_without_it(dials: dict[str, object]) -> None:
+    on, off = drifting(**dials), drifting(**dials, drift=0.0)
+    assert day_frame(on, day_of(0)).equals(day_frame(off, day_of(0)), null_equal=True)
+    assert not day_frame(on, day_of(1)).equals(day_frame(off, day_of(1)), null_equal=True)
+
+
+def test_numbers_of_a_drifting_day_are_pinned() -> None:
+    frame = day_frame(SMALL.model_copy(update={"drift": 0.1}), date(2026, 3, 7)).head(3)
+    pinned = [("u70783", 168, "phone", 0), ("u6510", 3, "phone", 0), ("u98542", 17, "phone", 0)]
+    assert frame.select("user_id", "item_id", "device", "click").rows() == pinned
+    assert frame[TRUTH].to_list() == pytest.approx([0.106045131318, 0.314526855673, 0.022419265250], abs=1e-9)
+
+
+def test_a_drifting_day_alone_is_the_day_among_others_whatever_the_chunks() -> None:
+    config = drifting(rows_per_day=3_000)
+    frames = {index: day_frame(config, day_of(index)) for index in (4, 0, 9)}
+    for index in (9, 4):
+        again = pl.concat(generate_day(config, day_of(index), chunk_rows=700))
+        assert again.equals(frames[index], null_equal=True)
+
+
+def test_effects_are_forgotten_exponentially_and_keep_their_spread() -> None:
+    config, ids = drifting(drift=0.05), np.arange(40_000)
+    pair = (ids, ids[::-1])
+    for of_day, match in (
+        (lambda day: id_effect(config, "item_id", ids, day), 0.0),
+        (lambda day: conversion_effect(config, "user_id", ids, day), 0.0),
+        (lambda day: affinity(config, *pair, day), 0.13),  # of which the match, a product, is forgotten twice as fast
+    ):
+        days = {day: of_day(day) for day in (0, 1, 3, 10, 17, 30)}
+        for day in days:
+            assert days[day].std() == pytest.approx(days[0].std(), rel=0.03)
+        for a, b in ((0, 1), (0, 3), (3, 10), (10, 17), (0, 30), (10, 30)):
+            found = np.corrcoef(days[a], days[b])[0, 1]
+            kept = np.exp(-0.05 * (b - a))
+            assert found == pytest.approx((1 - match) * kept + match * kept**2, abs=0.02)
+    cells = [planted_effects(config, ("country", "placement"), day)["effect"].to_numpy() for day in (0, 1, 20)]
+    near, far = (np.corrcoef(cells[0], later)[0, 1] for later in cells[1:])
+    assert near > 0.85 > 0.65 > far
+
+
+def test_a_drifting_logit_is_the_sum_of_the_days_effects() -> None:
+    """On rows without tags: what is left is the intercept; so the probabilities are known on every day."""
+    config = drifting(**RATES, taste=1.0)
+    bare = day_frame(config, day_of(12)).drop_nulls(["advertiser", "price"])
+    bare = bare.filter(pl.col("tags").list.len().fill_null(0) == 0)
+    rest = logit(bare, CONVERSION_TRUTH) + 0.5 * (np.log(bare["price"].to_numpy()) - 1.5) / 0.8
+    ids = {"user_id": user_numbers(bare).to_numpy(), "item_id": bare["item_id"].to_numpy()}
+    rest -= affinity(config, ids["user_id"], ids["item_id"], 12)
+    for field in ("advertiser", "category", "device", "country", "placement"):
+        ids[field] = bare[field].cast(pl.Enum(LEVELS[field])).to_physical().cast(pl.Int64).to_numpy()
+    for field, of_field in ids.items():
+        rest -= conversion_effect(config, field, of_field, 12)
+    assert len(bare) > 1_000
+    assert rest.std() < 1e-9
+
+
+@pytest.mark.parametrize("drift", [0.05, 0.2])
+def test_rates_stay_while_taste_moves(drift: float) -> None:
+    config = drifting(rows_per_day=100_000, drift=drift, taste=1.0, **RATES)
+    for index in (1, 9, 29):
+        frame = day_frame(config, day_of(index))
+        assert frame[TRUTH].mean() == pytest.approx(0.2, abs=0.004)
+        assert frame[CONVERSION_TRUTH].mean() == pytest.approx(0.3, abs=0.004)
+        for label, chance in ((LABEL, TRUTH), (POTENTIAL, CONVERSION_TRUTH)):
+            error = frame[label] - frame[chance]
+            assert abs(error.mean()) < 4 * error.std() / 100_000**0.5  # pyright: ignore
+
+
+def test_what_was_learned_yesterday_is_worth_more_than_what_was_learned_last_month() -> None:
+    """By the click rate of each item and of each pair of levels: no more than lookups."""
+    config = drifting(rows_per_day=50_000, drift=0.05, taste=1.0, users=500, items=200)
+    fields = (["item_id"], ["device", "category"], ["country", "placement"])
+    target = day_frame(config, day_of(30))
+    areas: list[float] = []
+    for age in (1, 4, 12, 30):
+        old = day_frame(config, day_of(30 - age))
+        score = np.zeros(len(target))
+        for columns in fields:
+            rate = old.group_by(columns).agg(rate=(pl.col(LABEL).sum() + 4) / (pl.len() + 20))
+            found = target.join(rate, on=columns, how="left", maintain_order="left")["rate"]
+            found = found.fill_null(0.2).to_numpy()
+            score += np.log(found / (1 - found))
+        areas.append(float(roc_auc_score(target[LABEL], score)))
+    assert all(young > old + 0.01 for young, old in pairwise(areas)), areas
+
+
+def test_ids_fade_as_others_are_born() -> None:
+    config, days = drifting(rows_per_day=50_000), (0, 1, 2, 10, 28, 30)
+    counts = {index: day_frame(config, day_of(index))["item_id"].value_counts() for index in days}
+    shown = {index: set(of_day["item_id"].to_list()) for index, of_day in counts.items()}
+    for index in days[1:]:
+        born = set(range(config.items + index * 20, config.items + (index + 1) * 20))
+        assert shown[index] & born
+        assert not any(born & shown[earlier] for earlier in days if earlier < index)
+    often = set(counts[0].filter(pl.col("count") > 10)["item_id"].to_list())  # chance hides none of them
+    for index in (1, 10, 28):
+        gone = len(often - shown[index]) / len(often)
+        assert gone == pytest.approx(1 - np.exp(-index / 100), abs=0.04)
+    most = [of_day["count"].sort().tail(100).sum() for of_day in counts.values()]
+    assert most == pytest.approx([most[0]] * len(most), rel=0.1)  # popularity stays
+    lasting = {index: set(day_frame(drifting(drift=0.0), day_of(index))["item_id"].to_list()) for index in (0, 30)}
+    assert set(range(50)) <= lasting[0] & lasting[30]  # without drift, the popular ones never fade
+
+
+def test_the_command_line_drifts(tmp_path: Path) -> None:
+    arguments = ["generate", f"--out={tmp_path}", "--days=2026-03-04", "--rows=500", "--drift=0.05"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    expected = day_frame(SyntheticConfig(rows_per_day=500, drift=0.05), date(2026, 3, 4)).drop("day")
+    assert pl.read_parquet(tmp_path / "day=2026-03-04" / "*.parquet", hive_partitioning=False).equals(expected)
+
+
 # Refusals
 
 
@@ -495,7 +617,14 @@ def test_the_command_line_writes_a_funnel(tmp_path: Path) -> None:
         *(("rows_per_day", 0), ("rows_per_day", 1 << 32), ("users", 3), ("items", 0), ("seed", -1), ("start", "soon")),
         *(("click_rate", 0.0), ("click_rate", 1.0), ("new_user_share", 1.5), ("new_item_share", -0.1)),
         *(("clickrate", 0.2), ("conversion_rate", 0.0), ("conversion_rate", 1.0), ("taste", -1.0), ("taste", 11.0)),
-        *(("confounding", -0.1), ("confounding", 4.0), ("conversion_delay_days", -1.0), ("observed_until", "soon")),
+        *(
+            ("drift", -0.1),
+            ("drift", 1.5),
+            ("confounding", -0.1),
+            ("confounding", 4.0),
+            ("conversion_delay_days", -1.0),
+            ("observed_until", "soon"),
+        ),
     ],
 )
 def test_a_configuration_that_cannot_be_meant_is_refused(key: str, value: object) -> None:
