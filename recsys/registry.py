@@ -124,18 +124,18 @@ class ModelRegistry:
     def bundle_of(self, registered: Registered) -> Bundle:
         """The Bundle of a version, verified. Raises RegistryError or ArtefactError if it is gone or altered."""
         what = f"model {self.name!r} version {registered.version}"
-        remedy = "return to another version with `recsys rollback`, or promote one"
+        gone = "its artifacts are gone; return to another version with `recsys rollback`, or promote one"
         with _explained(self.uri), TemporaryDirectory() as folder:
             try:
                 download_artifacts(artifact_uri=f"models:/{self.name}/{registered.version}", dst_path=folder)
             except (MlflowException, FileNotFoundError, RequestException) as error:
                 if _unreachable(error):
                     raise
-                raise RegistryError(f"{what}: its artifacts are gone ({_first_line(error)}); {remedy}") from error
+                raise RegistryError(f"{what}: {gone} ({_first_line(error)})") from error
             artifacts = Path(folder) / "artifacts"
             found = [*(m.parent for m in artifacts.glob(f"*/{MANIFEST}")), *artifacts.glob(FILE)]
             if len(found) != 1:
-                raise RegistryError(f"{what}: holds {len(found)} bundles, not one; {remedy}")
+                raise RegistryError(f"{what}: {gone}")
             bundle = load_registered(found[0])
         if bundle.version != registered.bundle:
             raise RegistryError(
@@ -318,8 +318,11 @@ def _explained(uri: str) -> Iterator[None]:
         raise RegistryError(f"MLflow at {uri} {what}; check mlflow.uri and that the server runs") from error
 
 
-def _unreachable(error: Exception) -> bool:
-    return isinstance(error, ConnectionError | Timeout) or "Max retries exceeded" in _first_line(error)
+def _unreachable(error: BaseException | None) -> bool:
+    """Whether a connection failed, below all that MLflow says about it."""
+    if error is None:
+        return False
+    return isinstance(error, ConnectionError | Timeout) or _unreachable(error.__cause__ or error.__context__)
 
 
 def _first_line(error: Exception) -> str:
