@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -130,7 +130,8 @@ class Server:
     def kill(self) -> None:
         """At once, with all its workers; does nothing if it does not run."""
         if self._process:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(30)
             self._process = None
 
@@ -158,7 +159,7 @@ def postgres() -> Iterator[str]:
         run("pg_ctl", "-D", data, "-o", options, "-l", f"{folder}/log", "-w", "start")
         try:
             run("createdb", "-h", "127.0.0.1", "-p", port, "-U", "mlflow", "mlflow")
-            yield f"postgresql://mlflow@127.0.0.1:{port}/mlflow"
+            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/mlflow"
         finally:
             run("pg_ctl", "-D", data, "-m", "fast", "-w", "stop")
 
