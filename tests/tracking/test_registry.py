@@ -141,6 +141,19 @@ def test_a_run_registers_one_bundle(registry: ModelRegistry, models: Models) -> 
     assert registry.bundle_of(first).version == first.bundle
 
 
+def test_a_rollback_that_was_cut_off_is_no_place_to_return_to(
+    registry: ModelRegistry, models: Models, fault: Arm
+) -> None:
+    first, second, third = (models.register(registry, n) for n in (1, 2, 3))
+    registry.promote(first)
+    registry.promote(second)
+    fault("registry.marked:raise")
+    with pytest.raises(RuntimeError):
+        registry.rollback()
+    registry.promote(third)
+    assert registry.rollback() == first
+
+
 # What is no longer there
 
 
@@ -218,6 +231,8 @@ def test_what_aliases_refer_to(small_limit: ModelRegistry, models: Models) -> No
     for version in registered[:3]:
         small_limit.promote(version)
     assert small_limit.referenced() == {models.bundle(n)[1] for n in (2, 3, 4)}
+    remove(small_limit, 4)
+    assert small_limit.referenced() == {models.bundle(n)[1] for n in (2, 3)}
 
 
 def test_a_referenced_folder_that_moved_or_changed(small_limit: ModelRegistry, models: Models, tmp_path: Path) -> None:
