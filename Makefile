@@ -35,6 +35,7 @@ test: check ## style, types, import contracts, then all tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow"
 
 slow: setup ## the tests that take minutes: kills at every write, a scheduler, servers
+	tests/postgres.sh
 	$(BIN)/python -m pytest -m slow
 
 check: setup ## ruff, pyright, import contracts
@@ -52,7 +53,7 @@ peer: .venv-peer/ready ## an environment for FuxiCTR, which bench/ compares with
 	@touch $@
 
 lock: ## resolve requirements.lock anew (needs uv; torch and fbgemm are installed apart)
-	uv pip compile pyproject.toml --extra cpu --extra dev --python-version 3.11 --no-emit-package torch \
+	uv pip compile pyproject.toml --extra cpu --extra postgres --extra dev --python-version 3.11 --no-emit-package torch \
 		--no-emit-package fbgemm-gpu-cpu --no-annotate --no-header -o requirements.lock
 
 clean: ## remove what demo and benches made; keeps the environment

@@ -44,6 +44,8 @@ class Registered:
     """Version of the Bundle it holds or refers to."""
     rolled_back: str = ""
     """When `rollback` took it out of use; empty if it never did."""
+    folder: Path | None = None
+    """The published Bundle, if it was registered by reference."""
 
 
 class ModelRegistry:
@@ -129,11 +131,13 @@ class ModelRegistry:
             except (MlflowException, FileNotFoundError, RequestException) as error:
                 if _unreachable(error):
                     raise
-                raise RegistryError(f"{what}: its artifacts are gone ({_first_line(error)}); {remedy}") from error
+                raise RegistryError(
+                    f"{what}: its artifacts cannot be fetched ({_first_line(error)}); {remedy}"
+                ) from error
             artifacts = Path(folder) / "artifacts"
             found = [*(m.parent for m in artifacts.glob(f"*/{MANIFEST}")), *artifacts.glob(FILE)]
             if len(found) != 1:
-                raise RegistryError(f"{what}: holds {len(found)} bundles, not one; {remedy}")
+                raise RegistryError(f"{what}: its artifacts are gone; {remedy}")
             bundle = load_registered(found[0])
         if bundle.version != registered.bundle:
             raise RegistryError(
@@ -179,14 +183,15 @@ class ModelRegistry:
                     f"{self._here}: version {current.version} was rolled back at {current.rolled_back}; to promote it "
                     f"nevertheless, ask for it by its number"
                 )
-            champion = self.aliases().get(CHAMPION)
-            if champion == current.version:
+            number = self.aliases().get(CHAMPION)
+            if number == current.version:
                 return
             if current.rolled_back:
                 self._client.delete_model_version_tag(self.name, current.version, _ROLLED_BACK_TAG)
             # In this order: killed in between, the champion stays and a repetition does the rest.
-            if champion and self._version(champion):
-                self._client.set_registered_model_alias(self.name, PREVIOUS, champion)
+            champion = self._version(number) if number else None
+            if champion and not champion.rolled_back:
+                self._client.set_registered_model_alias(self.name, PREVIOUS, champion.version)
             faultpoint("registry.previous")
             self._client.set_registered_model_alias(self.name, CHAMPION, current.version)
 
@@ -225,9 +230,8 @@ class ModelRegistry:
         """The Bundle folders that champion, previous and challenger refer to, which must not be removed."""
         with _explained(self.uri):
             aliases = self.aliases()
-            numbers = [aliases[name] for name in (CHAMPION, PREVIOUS, CHALLENGER) if name in aliases]
-            tags = [self._client.get_model_version(self.name, number).tags for number in numbers]
-        return {Path(found[_FOLDER_TAG]) for found in tags if _FOLDER_TAG in found}
+            found = [self._version(aliases[name]) for name in (CHAMPION, PREVIOUS, CHALLENGER) if name in aliases]
+        return {version.folder for version in found if version and version.folder}
 
     def tag(self, registered: Registered, tags: Mapping[str, str]) -> None:
         """Write tags on a version."""
@@ -311,8 +315,8 @@ def signature_of(bundle: Bundle) -> ModelSignature:
 
 
 def _registered(version: ModelVersion) -> Registered:
-    bundle, rolled_back = (str(version.tags.get(tag, "")) for tag in (_BUNDLE_TAG, _ROLLED_BACK_TAG))
-    return Registered(str(version.version), str(version.run_id), bundle, rolled_back)
+    bundle, rolled_back, folder = (version.tags.get(t, "") for t in (_BUNDLE_TAG, _ROLLED_BACK_TAG, _FOLDER_TAG))
+    return Registered(str(version.version), str(version.run_id), bundle, rolled_back, Path(folder) if folder else None)
 
 
 @contextmanager
@@ -325,8 +329,11 @@ def _explained(uri: str) -> Iterator[None]:
         raise RegistryError(f"MLflow at {uri} {what}; check mlflow.uri and that the server runs") from error
 
 
-def _unreachable(error: Exception) -> bool:
-    return isinstance(error, ConnectionError | Timeout) or "Max retries exceeded" in _first_line(error)
+def _unreachable(error: BaseException | None) -> bool:
+    """Whether a connection failed, below all that MLflow says about it."""
+    if error is None:
+        return False
+    return isinstance(error, ConnectionError | Timeout) or _unreachable(error.__cause__ or error.__context__)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,249 @@
+"""The registry on a database: aliases, rollback, one version per run, and Bundles by reference."""
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import polars as pl
+import pytest
+from mlflow.tracking import MlflowClient
+
+from base.errors import ArtefactError, RegistryError
+from recsys.registry import ModelRegistry
+from tests.tracking.conftest import ROWS, Models
+
+Arm = Callable[[str], None]
+
+
+@pytest.fixture
+def registry(database: str, request: pytest.FixtureRequest) -> ModelRegistry:
+    """A registered model of this test alone."""
+    return ModelRegistry(database, experiment=request.node.name, name=request.node.name.replace("/", "-"))
+
+
+def client(registry: ModelRegistry) -> MlflowClient:
+    return MlflowClient(registry.uri, registry.uri)
+
+
+def versions(registry: ModelRegistry) -> list[str]:
+    return [str(v.version) for v in client(registry).search_model_versions(f"name = '{registry.name}'")]
+
+
+def test_a_promotion_remembers_the_champion_before(registry: ModelRegistry, models: Models) -> None:
+    first, second = models.register(registry, 1), models.register(registry, 2)
+    registry.promote(first)
+    assert registry.aliases() == {"challenger": "2", "champion": "1"}
+    registry.promote(second)
+    assert registry.aliases() == {"challenger": "2", "champion": "2", "previous": "1"}
+    registry.promote(second)
+    assert registry.aliases()["previous"] == "1"
+
+
+def test_a_promotion_that_was_cut_off_is_repeated(registry: ModelRegistry, models: Models, fault: Arm) -> None:
+    first, second, third = (models.register(registry, n) for n in (1, 2, 3))
+    registry.promote(first)
+    registry.promote(second)
+    fault("registry.previous:raise")
+    with pytest.raises(RuntimeError):
+        registry.promote(third)
+    assert registry.champion() == second
+    registry.promote(third)
+    assert registry.aliases() == {"challenger": "3", "champion": "3", "previous": "2"}
+
+
+def test_rollback_returns_once_and_marks_what_it_left(registry: ModelRegistry, models: Models) -> None:
+    with pytest.raises(RegistryError, match="no champion before now"):
+        registry.rollback()
+    first, second = models.register(registry, 1), models.register(registry, 2)
+    registry.promote(first)
+    with pytest.raises(RegistryError, match="no champion before version 1, the champion; promote another"):
+        registry.rollback()
+    registry.promote(second)
+    assert registry.rollback() == first
+    assert registry.champion() == first
+    assert registry.find("2").rolled_back[:3] == "202"
+    with pytest.raises(RegistryError, match="no champion before version 1"):
+        registry.rollback()
+    assert registry.champion() == first
+
+
+def test_a_repeated_promotion_does_not_undo_a_rollback(registry: ModelRegistry, models: Models) -> None:
+    first, second = models.register(registry, 1), models.register(registry, 2)
+    registry.promote(first)
+    registry.promote(second)
+    registry.rollback()
+    with pytest.raises(RegistryError, match=r"version 2 was rolled back at 20.*ask for it by its number"):
+        registry.promote(second)
+    assert registry.champion() == first
+    registry.promote(second, again=True)
+    assert registry.champion() == second
+    assert not registry.find("2").rolled_back
+    assert registry.rollback() == first
+
+
+@pytest.mark.parametrize("point", ["registry.marked", "registry.returned"])
+def test_a_rollback_that_was_cut_off(registry: ModelRegistry, models: Models, fault: Arm, point: str) -> None:
+    first, second, third = (models.register(registry, n) for n in (1, 2, 3))
+    registry.promote(first)
+    registry.promote(second)
+    fault(f"{point}:raise")
+    with pytest.raises(RuntimeError):
+        registry.rollback()
+    if point == "registry.marked":
+        assert registry.find("champion").version == "2"
+        marked = registry.find("2").rolled_back
+        assert registry.rollback() == first
+        assert registry.find("2").rolled_back == marked
+    else:
+        with pytest.raises(RegistryError, match="no champion before version 1, the champion"):
+            registry.rollback()
+    assert registry.champion() == first
+    registry.promote(third)
+    assert registry.aliases() == {"challenger": "3", "champion": "3", "previous": "1"}
+
+
+@pytest.mark.parametrize("point", ["registry.logged", "registry.created"])
+def test_a_registration_that_was_cut_off_is_completed(
+    registry: ModelRegistry, models: Models, fault: Arm, point: str
+) -> None:
+    fault(f"{point}:raise")
+    with pytest.raises(RuntimeError):
+        models.register(registry, 1)
+    registered = models.register(registry, 1)
+    assert versions(registry) == ["1"]
+    assert registry.find("challenger") == registered
+    assert registry.bundle_of(registered).version == registered.bundle
+    assert len(client(registry).search_runs([registry.experiment])) == 1
+    assert len(client(registry).search_logged_models([registry.experiment])) == 1
+    assert models.register(registry, 1) == registered
+    assert registry.versions_of_run(registered.run_id) == [1]
+
+
+def test_a_twin_of_a_repeated_request_is_removed(registry: ModelRegistry, models: Models, fault: Arm) -> None:
+    fault("registry.created:raise")
+    with pytest.raises(RuntimeError):
+        models.register(registry, 1)
+    found = client(registry).get_model_version(registry.name, "1")
+    mlflow.register_model(found.source, registry.name, tags=found.tags)
+    assert versions(registry) == ["2", "1"]
+    assert models.register(registry, 1).version == "1"
+    assert versions(registry) == ["1"]
+
+
+def test_a_run_registers_one_bundle(registry: ModelRegistry, models: Models) -> None:
+    first = models.register(registry, 1)
+    other, folder = models.bundle(2)
+    with registry.run(first.run_id), pytest.raises(RegistryError, match=f"{first.run_id} has registered bundle"):
+        registry.register(other, folder, models.code, first.run_id)
+    assert registry.bundle_of(first).version == first.bundle
+
+
+def test_a_rollback_that_was_cut_off_is_no_place_to_return_to(
+    registry: ModelRegistry, models: Models, fault: Arm
+) -> None:
+    first, second, third = (models.register(registry, n) for n in (1, 2, 3))
+    registry.promote(first)
+    registry.promote(second)
+    fault("registry.marked:raise")
+    with pytest.raises(RuntimeError):
+        registry.rollback()
+    registry.promote(third)
+    assert registry.rollback() == first
+
+
+# What is no longer there
+
+
+def remove(registry: ModelRegistry, number: int) -> None:
+    """As no client can: the aliases stay."""
+    with sqlite3.connect(registry.uri.removeprefix("sqlite:///")) as database:
+        where = f"name = '{registry.name}' AND version = {number}"
+        database.execute(f"DELETE FROM model_version_tags WHERE {where}")
+        database.execute(f"DELETE FROM model_versions WHERE {where}")
+
+
+def test_a_champion_that_points_nowhere(registry: ModelRegistry, models: Models) -> None:
+    first, second = models.register(registry, 1), models.register(registry, 2)
+    registry.promote(second)
+    remove(registry, 2)
+    for ask in (registry.champion, lambda: registry.find("champion")):
+        with pytest.raises(RegistryError, match="'champion' points to version 2, which is gone; remove the alias"):
+            ask()
+    third = models.register(registry, 3)
+    registry.promote(first)
+    registry.promote(third)
+    remove(registry, int(third.version))
+    with pytest.raises(RegistryError, match=f"points to version {third.version}, which is gone; run `recsys rollback`"):
+        registry.champion()
+    assert registry.rollback() == first
+    assert registry.champion() == first
+
+
+def test_a_champion_that_was_deleted(registry: ModelRegistry, models: Models) -> None:
+    """MLflow takes the alias away with the version."""
+    first, second = models.register(registry, 1), models.register(registry, 2)
+    registry.promote(first)
+    registry.promote(second)
+    client(registry).delete_model_version(registry.name, "2")
+    assert registry.champion() is None
+    with pytest.raises(RegistryError, match="has no 'champion'; run `recsys promote` first, or `recsys rollback`"):
+        registry.find("champion")
+    assert registry.rollback() == first
+
+
+def test_a_version_whose_artifacts_are_gone(registry: ModelRegistry, models: Models) -> None:
+    registered = models.register(registry, 1)
+    source = Path(client(registry).get_model_version_download_uri(registry.name, "1").removeprefix("file://"))
+    for lost in (next(source.rglob("manifest.json")), source / "artifacts", source):
+        lost.unlink() if lost.is_file() else shutil.rmtree(lost)
+        with pytest.raises(RegistryError, match=r"version 1: its artifacts are gone; return to another version with"):
+            registry.bundle_of(registered)
+
+
+# By reference
+
+
+@pytest.fixture
+def small_limit(registry: ModelRegistry) -> ModelRegistry:
+    registry.reference_above_mb = 0.001
+    return registry
+
+
+def test_a_large_bundle_is_registered_by_reference(small_limit: ModelRegistry, models: Models) -> None:
+    registered = models.register(small_limit, 1)
+    source = Path(client(small_limit).get_model_version_download_uri(small_limit.name, "1").removeprefix("file://"))
+    assert [p.name for p in (source / "artifacts").iterdir()] == ["reference.json"]
+    bundle, folder = models.bundle(1)
+    assert small_limit.bundle_of(registered).version == bundle.version
+    assert small_limit.referenced() == {folder}
+    assert folder.parent.name == ".versions"
+    served = mlflow.pyfunc.load_model(f"models:/{small_limit.name}/1")
+    expected = pl.concat(bundle.predict(ROWS.lazy()))["p_click"]
+    assert served.predict(ROWS.to_pandas())["p_click"].tolist() == pytest.approx(expected.to_list(), abs=1e-6)
+
+
+def test_what_aliases_refer_to(small_limit: ModelRegistry, models: Models) -> None:
+    assert small_limit.referenced() == set()
+    registered = [models.register(small_limit, n) for n in (1, 2, 3, 4)]
+    for version in registered[:3]:
+        small_limit.promote(version)
+    assert small_limit.referenced() == {models.bundle(n)[1] for n in (2, 3, 4)}
+    remove(small_limit, 4)
+    assert small_limit.referenced() == {models.bundle(n)[1] for n in (2, 3)}
+
+
+def test_a_referenced_folder_that_moved_or_changed(small_limit: ModelRegistry, models: Models, tmp_path: Path) -> None:
+    first, second = models.register(small_limit, 1), models.register(small_limit, 2)
+    folders = [models.bundle(n)[1] for n in (1, 2)]
+    os.rename(folders[0], tmp_path / "elsewhere")
+    with pytest.raises(ArtefactError, match=rf"{folders[0]}: the registered bundle \w+ is not there"):
+        small_limit.bundle_of(first)
+    shutil.copytree(folders[1], folders[0])
+    with pytest.raises(ArtefactError, match=rf"{folders[0]}/manifest.json: altered since it was published"):
+        small_limit.bundle_of(first)
+    (folders[1] / "settings.json").write_text("{ }")
+    with pytest.raises(ArtefactError, match=rf"{folders[1]}/settings.json: differs from its checksum"):
+        small_limit.bundle_of(second)
