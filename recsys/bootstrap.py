@@ -44,5 +44,5 @@ def bounds(
     error_K = np.sqrt(squares_K.sum(axis=0) / np.maximum(known_DK.sum(axis=0), 1))
     far_DK = np.where(known_DK, off_DK / np.where(error_K > 0, error_K, 1), np.inf)
     reach = float(np.quantile(far_DK.max(axis=1), confidence, method="higher"))
-    width_K = np.where(error_K > 0, reach * error_K, np.inf if math.isinf(reach) else 0.0)
+    width_K = np.full_like(error_K, np.inf) if math.isinf(reach) else reach * error_K
     return estimate_K - width_K, estimate_K + width_K

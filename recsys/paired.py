@@ -89,8 +89,10 @@ def _of_output(
     compared = champion if reference is not None else None
     if compared is not None and reference != output:
         return only("the champion's is of another label or of other rows; give the candidate's another name")
+    broken: tuple[Reason, ...] = ()
     if compared is not None and (fault := _not_probabilities(compared[output.name])):
-        return only(f"the champion's scores: {fault}", "hold")
+        # The candidate is then measured by itself, and a person decides: a broken champion must be replaceable.
+        broken, compared = only(f"the champion's scores: {fault}", "hold").reasons, None
     known_N = metrics.in_space(candidate, output).to_numpy()
     labels_N = (candidate[output.label].filter(known_N) == 1).to_numpy()
     if fault := _too_few(labels_N, output, own):
@@ -115,7 +117,7 @@ def _of_output(
     limits = [*_limits(whole, drawn[0], output.name, own, confidence)]
     if compared is not None:
         limits += _shift(compared[output.name], candidate[output.name], output.name, own)
-    return Evidence(champion=True, comparisons=tuple(comparisons), limits=tuple(limits))
+    return Evidence(champion=True, comparisons=tuple(comparisons), limits=tuple(limits), reasons=broken)
 
 
 def _not_probabilities(column: pl.Series) -> str | None:
@@ -155,10 +157,12 @@ class _Rows:
         y_N = labels_N[inside]
         self.size, self.positives = y_N.size, int(y_N.sum())
         self._aucs = [metrics.WeightedAuc(y_N, s_N[inside]) for s_N in scores_MN]
+        loss_MN = [_losses(y_N, s_N[inside]) for s_N in scores_MN]
+        # The others as differences from the last, so that equal scores have equal sums to the last bit.
         sums = [np.ones(y_N.size), y_N.astype(np.float64)]
-        for s_N in scores_MN:
-            p_N = np.clip(s_N[inside], metrics.CLIP, 1 - metrics.CLIP)
-            sums += [-np.where(y_N, np.log(p_N), np.log1p(-p_N)), s_N[inside]]
+        for m, s_N in enumerate(scores_MN):
+            last = m == len(scores_MN) - 1
+            sums += [loss_MN[m] - (0 if last else loss_MN[-1]), (s_N - (0 if last else scores_MN[-1]))[inside]]
         self._sums_NS = np.stack(sums, axis=1)
 
     def measure(self, weights_DN: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -170,8 +174,11 @@ class _Rows:
             rate_D = positives_D / rows_D
             entropy_D = -(rate_D * np.log(rate_D) + (1 - rate_D) * np.log1p(-rate_D))
             for m, auc in enumerate(self._aucs):
-                loss_D, predicted_D = sums_DS[:, 2 + 2 * m] / rows_D, sums_DS[:, 3 + 2 * m]
-                ratio_D = np.log(predicted_D / positives_D)
+                own_D2 = sums_DS[:, 2 + 2 * m : 4 + 2 * m]
+                if m < len(self._aucs) - 1:
+                    own_D2 = own_D2 + sums_DS[:, -2:]
+                loss_D = own_D2[:, 0] / rows_D
+                ratio_D = np.log(own_D2[:, 1] / positives_D)
                 found.append(np.stack([auc(weights_DN), loss_D, loss_D / entropy_D, ratio_D], axis=1))
         return np.stack(found, axis=1)
 
@@ -179,6 +186,12 @@ class _Rows:
     def estimate(self) -> NDArray[np.float64]:
         """quantities_MQ of the rows as they are."""
         return self.measure(np.ones((1, self.size), np.uint8))[0]
+
+
+def _losses(labels_N: NDArray[np.bool_], scores_N: NDArray[Any]) -> NDArray[np.float64]:
+    """Each row's log loss, clipped as `metrics.log_loss` does."""
+    p_N = np.clip(scores_N, metrics.CLIP, 1 - metrics.CLIP)
+    return -np.where(labels_N, np.log(p_N), np.log1p(-p_N))
 
 
 def _slices(

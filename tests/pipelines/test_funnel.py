@@ -229,7 +229,9 @@ def test_only_the_outputs_asked_for_are_calibrated_by_default_on_the_validation_
     assert metrics.calibration_ratio(scored["click"], scored["p_click"]) == pytest.approx(1, abs=0.03)
     verdict = promote(again, partition="day=2026-03-06")  # of which no conversion is known: nobody can tell
     assert not verdict.promoted
-    assert {r.partition(":")[0] for r in verdict.reasons if "there are no rows to measure" in r} == set(OUTPUTS[1:])
+    assert {r.text.partition(":")[0] for r in verdict.reasons if "there are no rows to measure" in r.text} == set(
+        OUTPUTS[1:]
+    )
     train(run_of(tree, calibrate=None), say=quiet)
     assert Bundle.load(run.bundle_path).calibrators == {}
     train(run, say=quiet)

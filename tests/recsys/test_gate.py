@@ -1,113 +1,236 @@
-"""The gate: equals pass, worse is refused, what cannot be compared never passes; and it says why."""
+"""The gate's verdict: what is both material and certain refuses, what is too good is held, and it says why."""
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys.gate import Gates, judge
+from base.config import parse_config
+from base.errors import ConfigError
+from recsys.gate import Comparison, Evidence, Gates, Limit, Margins, Reason, Share, judge, seen, superseded
 
-CHAMPION = {"p_click": {"auc": 0.75, "log_loss": 0.45}, "p_buy": {"auc": 0.8, "log_loss": 0.1}}
-GATES = Gates(max_auc_loss=0.001, max_log_loss_increase=0.002, min_auc=0.6)
-
-
-def changed(output: str = "p_click", **metrics: float) -> dict[str, dict[str, float]]:
-    return {**CHAMPION, output: {**CHAMPION[output], **metrics}}
+DEFAULT = Gates()
 
 
-def test_equals_pass_even_without_a_margin() -> None:
-    for gates in (GATES, Gates(max_auc_loss=0, max_log_loss_increase=0)):
-        verdict = judge(CHAMPION, CHAMPION, gates)
-        assert verdict.promoted
-        assert len(verdict.reasons) >= 6  # what was held against what, for each output
-        assert all(reason.startswith(("p_click: ", "p_buy: ")) for reason in verdict.reasons)
+def comparison(difference: float = 0.0, reach: float = 0.001, **changes: Any) -> Comparison:
+    given: dict[str, Any] = {
+        "metric": "auc",
+        "output": "p_click",
+        "rows": 1000,
+        "units": 100,
+        "candidate": 0.75 + difference,
+        "champion": 0.75,
+        "difference": difference,
+        "lower": difference - reach,
+        "upper": difference + reach,
+        "margin": 0.002,
+    }
+    return Comparison(**{**given, **changes})
 
 
-def test_better_passes() -> None:
-    assert judge(changed(auc=0.76, log_loss=0.44), CHAMPION, GATES).promoted
+def limit(value: float, reach: float = 0.01, **changes: Any) -> Limit:
+    given: dict[str, Any] = {"metric": "auc", "output": "p_click", "value": value}
+    return Limit(**{**given, "lower": value - reach, "upper": value + reach, **changes})
+
+
+def verdict_on(*comparisons: Comparison, gates: Gates = DEFAULT, limits: tuple[Limit, ...] = ()) -> Any:
+    return judge(Evidence(champion=bool(comparisons), comparisons=comparisons, limits=limits), gates)
+
+
+# Comparisons
 
 
 @pytest.mark.parametrize(
-    ("output", "metrics", "reason"),
+    ("difference", "reach", "decision"),
     [
-        ("p_click", {"auc": 0.7489}, "p_click: AUC 0.74890 against champion 0.75000, margin 0.001"),
-        ("p_buy", {"auc": 0.7}, "p_buy: AUC 0.70000 against champion 0.80000, margin 0.001"),
-        ("p_click", {"log_loss": 0.4521}, "p_click: log loss 0.45210 against champion 0.45000, margin 0.002"),
-        ("p_buy", {"log_loss": 0.2}, "p_buy: log loss 0.20000 against champion 0.10000, margin 0.002"),
+        (0.0, 0.0, "promoted"),
+        (0.01, 0.001, "promoted"),
+        (-0.0019, 0.0001, "promoted"),  # certainly worse, not by much
+        (-0.0021, 0.0022, "promoted"),  # by much, not certainly
+        (-0.0021, 0.0020, "refused"),
+        (-0.1, 0.05, "refused"),
+        (-0.1, math.inf, "promoted"),
     ],
 )
-def test_worse_is_refused_with_its_numbers(output: str, metrics: dict[str, float], reason: str) -> None:
-    verdict = judge(changed(output, **metrics), CHAMPION, GATES)
-    assert not verdict.promoted
-    assert verdict.reasons == (reason,)
+def test_what_is_material_and_certain_is_refused(difference: float, reach: float, decision: str) -> None:
+    assert verdict_on(comparison(difference, reach)).decision == decision
 
 
-def test_a_little_worse_passes_within_the_margin() -> None:
-    assert judge(changed(auc=0.7491, log_loss=0.4519), CHAMPION, GATES).promoted
-    assert not judge(changed(auc=0.7491, log_loss=0.4519), CHAMPION, Gates(max_auc_loss=0.0001)).promoted
+@pytest.mark.parametrize(
+    ("difference", "reach", "decision"),
+    [
+        (0.0, 0.0, "promoted"),  # an equal model is shown to be equal
+        (-0.001, 0.0009, "promoted"),
+        (0.0, 0.0021, "refused"),
+        (0.01, 0.0121, "refused"),
+        (-0.1, math.inf, "refused"),
+    ],
+)
+def test_unsure_may_refuse(difference: float, reach: float, decision: str) -> None:
+    verdict = verdict_on(comparison(difference, reach), gates=Gates(unsure="refuse"))
+    assert verdict.decision == decision
+    if decision == "refused":
+        assert verdict.reasons[0].text.endswith("too few rows to show that it is no worse")
 
 
-def test_every_reason_to_refuse_is_given() -> None:
-    verdict = judge({"p_click": {"auc": 0.5, "log_loss": 0.9}, "p_buy": CHAMPION["p_buy"]}, CHAMPION, GATES)
-    assert not verdict.promoted
-    assert len(verdict.reasons) == 3
-    assert verdict.reasons[0] == "p_click: AUC 0.50000 >= 0.6 required"
+def test_every_reason_is_given_refusals_first() -> None:
+    worse = comparison(-0.05, metric="log_loss", output="p_buy", candidate=0.2, champion=0.15)
+    found = verdict_on(comparison(), worse, comparison(-0.03), limits=(limit(0.4, at_least=0.5), limit(0.7)))
+    assert found.decision == "refused"
+    assert not found.promoted
+    assert [r.ruling for r in found.reasons] == ["refuse"] * 3 + ["pass"] * 2
+    assert str(found.reasons[0]) == "refused: p_click: AUC 0.40000, at least 0.5"
+    assert str(found.reasons[1]) == (
+        "refused: p_buy: log loss 0.20000 against champion 0.15000, "
+        "better by -0.05000 [-0.05100, -0.04900], margin 0.002"
+    )
 
 
-def test_without_a_champion_only_the_minimum_counts() -> None:
-    verdict = judge(CHAMPION, None, GATES)
-    assert verdict.promoted
-    assert verdict.reasons[-1] == "there is no champion yet"
-    refused = judge(changed(auc=0.59), None, GATES)
-    assert not refused.promoted
-    assert refused.reasons == ("p_click: AUC 0.59000 >= 0.6 required",)
+def test_of_the_slices_that_pass_only_the_worst_is_told() -> None:
+    slices = [comparison(d, slice=f"device = {d}") for d in (0.001, -0.0015, 0.0)]
+    verdict = verdict_on(comparison(), *slices, comparison(-0.5, slice="device = tv"))
+    assert [r.ruling for r in verdict.reasons] == ["refuse", "pass", "pass"]
+    assert "AUC where device = tv 0.25000" in verdict.reasons[0].text
+    assert "where device = -0.0015" in verdict.reasons[2].text
+    assert verdict.reasons[2].text.endswith("(the worst of 3 slices that pass)")
 
 
-@pytest.mark.parametrize("metric", ["auc", "log_loss"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("champion", [CHAMPION, None], ids=["champion", "none"])
-def test_what_is_no_number_never_passes(
-    metric: str, value: float, champion: dict[str, dict[str, float]] | None
-) -> None:
-    if metric == "auc" and value == math.inf:
-        pytest.skip("no AUC is infinite")
-    verdict = judge(changed(**{metric: value}), champion, GATES)
-    assert not verdict.promoted
-    assert verdict.reasons[0].startswith("p_click: ")
+def test_what_is_no_number_never_passes(value: float) -> None:
+    assert verdict_on(comparison(value, lower=value, upper=value)).decision == "refused"
+    assert verdict_on(comparison(value)).decision == "refused"
+    assert verdict_on(limits=(limit(math.nan),)).decision == "refused"
+    assert verdict_on(limits=(limit(math.nan, at_most=1.0),)).decision == "refused"
 
 
-@pytest.mark.parametrize("metric", ["auc", "log_loss"])
-def test_a_champion_without_numbers_is_not_beaten_unseen(metric: str) -> None:
-    assert not judge(CHAMPION, changed(**{metric: math.nan}), GATES).promoted
+def test_nothing_measured_never_passes() -> None:
+    for champion in (True, False):
+        verdict = judge(Evidence(champion=champion), Gates())
+        assert verdict.decision == "refused"
+        assert verdict.reasons[0].text == "nothing of the candidate was measured"
 
 
-@pytest.mark.parametrize("champion", [CHAMPION, None], ids=["champion", "none"])
-def test_a_day_of_which_nothing_is_known_never_passes(champion: dict[str, dict[str, float]] | None) -> None:
-    verdict = judge(changed("p_buy", rows=0.0, auc=math.nan, log_loss=math.nan), champion, GATES)
-    assert not verdict.promoted
-    [reason] = verdict.reasons
-    assert reason.startswith("p_buy: there are no rows to measure")
+@given(difference=st.floats(-0.1, 0.1), reach=st.floats(0, 0.1), margin=st.floats(0, 0.1), worse=st.floats(1e-6, 0.1))
+def test_a_worse_model_never_fares_better(difference: float, reach: float, margin: float, worse: float) -> None:
+    for gates in (Gates(), Gates(unsure="refuse")):
+        here = verdict_on(comparison(difference, reach, margin=margin), gates=gates)
+        below = verdict_on(comparison(difference - worse, reach, margin=margin), gates=gates)
+        assert here.promoted or not below.promoted
+        stricter = verdict_on(comparison(difference, reach, margin=margin / 2), gates=gates)
+        assert here.promoted or not stricter.promoted
 
 
-def test_an_output_of_the_champion_must_be_there() -> None:
-    verdict = judge({"p_click": CHAMPION["p_click"]}, CHAMPION, GATES)
-    assert not verdict.promoted
-    assert any(reason.startswith("p_buy: ") for reason in verdict.reasons)
-    assert judge(CHAMPION, {"p_click": CHAMPION["p_click"]}, GATES).promoted  # a new one needs no champion
+# Too good
 
 
-@pytest.mark.parametrize("champion", [CHAMPION, None], ids=["champion", "none"])
-def test_nothing_measured_never_passes(champion: dict[str, dict[str, float]] | None) -> None:
-    assert not judge({}, champion, GATES).promoted
+def test_too_good_is_held_if_certain() -> None:
+    assert verdict_on(comparison(0.05, too_good=0.02)).decision == "held"
+    assert verdict_on(comparison(0.05, 0.06, too_good=0.02)).decision == "promoted"
+    assert verdict_on(comparison(0.019, too_good=0.02)).decision == "promoted"
+    assert verdict_on(limits=(limit(0.995, at_most=0.99, otherwise="hold"),)).decision == "held"
 
 
-unit = st.floats(0.5, 1)
+def test_refused_is_stronger_than_held_and_only_held_can_be_approved() -> None:
+    too_good, worse = comparison(0.05, too_good=0.02), comparison(-0.05)
+    both = verdict_on(too_good, worse)
+    assert [r.ruling for r in both.reasons] == ["refuse", "hold"]
+    assert both.decision == "refused"
+    assert both.approved() == both
+    held = verdict_on(too_good)
+    assert held.approved().promoted
+    assert held.approved().reasons[0] == held.reasons[0]  # what was held is still told
+    assert held.approved().reasons[-1] == Reason(ruling="pass", text="a person approved it")
+    passed = verdict_on(comparison())
+    assert passed.approved() == passed
 
 
-@given(a=unit, b=unit, loss_a=unit, loss_b=unit)
-def test_the_verdict_is_the_definition(a: float, b: float, loss_a: float, loss_b: float) -> None:
-    gates = Gates(max_auc_loss=0.01, max_log_loss_increase=0.02, min_auc=0.7)
-    verdict = judge({"p": {"auc": a, "log_loss": loss_a}}, {"p": {"auc": b, "log_loss": loss_b}}, gates)
-    assert verdict.promoted == (a >= 0.7 and b - a <= 0.01 and loss_a - loss_b <= 0.02)
-    assert verdict.reasons
+# Limits
+
+
+def test_without_a_champion_the_estimate_counts_and_with_one_only_certainty() -> None:
+    near, far = limit(0.495, at_least=0.5), limit(0.48, at_least=0.5)
+    assert verdict_on(limits=(near,)).decision == "refused"
+    assert verdict_on(comparison(), limits=(near,)).promoted
+    assert verdict_on(comparison(), limits=(far,)).decision == "refused"
+    assert verdict_on(comparison(output="p_buy"), limits=(near,)).decision == "refused"  # p_click is new
+    assert verdict_on(limits=(limit(0.505, at_least=0.5),)).reasons[-1].text == "there is no champion yet"
+
+
+def test_both_ends_of_a_limit() -> None:
+    between = {"at_least": 0.5, "at_most": 2.0}
+    assert verdict_on(limits=(limit(1.0, **between),)).promoted
+    assert not verdict_on(limits=(limit(2.005, **between),)).promoted
+    assert not verdict_on(limits=(limit(0.495, **between),)).promoted
+    assert verdict_on(comparison(), limits=(limit(2.005, **between),)).promoted
+    assert not verdict_on(comparison(), limits=(limit(2.02, **between),)).promoted
+
+
+# Settings
+
+
+def parsed(**tree: Any) -> Gates:
+    return parse_config(Gates, tree, source="test")
+
+
+def test_margins_are_differences_or_shares_of_the_champions() -> None:
+    margins = parsed(margins={"auc": 0.01, "log_loss": "1.5%", "calibration": 1}).margins
+    assert margins.auc.of(0.7) == 0.01
+    assert margins.log_loss.of(0.4) == pytest.approx(0.006)
+    assert margins.calibration == Share(amount=1)
+    assert margins.slice_auc == Margins().slice_auc
+
+
+def test_an_output_inherits_what_it_does_not_say() -> None:
+    gates = parsed(
+        min_auc=0.6,
+        margins={"auc": 0.01, "log_loss": "5%"},
+        outputs={"p_buy": {"margins": {"auc": "3%"}, "min_positives": 5}},
+    )
+    own = gates.of("p_buy")
+    assert own.margins.auc == Share(amount=0.03, relative=True)
+    assert own.margins.log_loss == Share(amount=0.05, relative=True)
+    assert (own.min_auc, own.min_positives) == (0.6, 5)
+    assert gates.of("p_click").margins.auc == Share(amount=0.01)
+    assert gates.of("p_click").min_positives == 20
+    assert Gates.model_validate(gates.model_dump(mode="json")) == gates
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"margins": {"auc": "much"}}, "margins.auc: 'much' is neither a number nor a share of the champion's value"),
+        ({"margins": {"auc": "-1%"}}, "margins.auc: '-1%' is neither a number"),
+        ({"margins": {"auc": -1}}, "margins.auc.amount = -1: Input should be greater than or equal to 0"),
+        ({"margins": {"acu": 1}}, "unknown key margins.acu; did you mean 'auc'?"),
+        ({"outputs": {"p": {"min_acu": 1}}}, "unknown key outputs.p.min_acu; did you mean 'min_auc'?"),
+        ({"calibration": [2, 1]}, "calibration = [2.0, 1.0]: write [at least, at most]"),
+        ({"outputs": {"p": {"calibration": [2, 1]}}}, "calibration = [2.0, 1.0]: write [at least, at most]"),
+        ({"unsure": "maybe"}, "unsure = 'maybe'"),
+    ],
+)
+def test_settings_that_cannot_be_meant(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parsed(**tree)
+    assert message in str(caught.value)
+
+
+# Which day did what
+
+
+def test_superseded_is_older_not_equal_nor_unknown() -> None:
+    assert superseded("2026-03-04", "2026-03-05")
+    assert not superseded("2026-03-05", "2026-03-05")
+    assert not superseded("2026-03-06", "2026-03-05")
+    assert not superseded(None, "2026-03-05")
+    assert not superseded("2026-03-05", None)
+    with pytest.raises(ValueError, match="Invalid isoformat"):
+        superseded("yesterday", "2026-03-05")
+
+
+def test_seen_is_up_to_and_with_the_last_day() -> None:
+    assert seen("2026-03-05", "2026-03-05")
+    assert seen("2026-03-05", "2026-02-28")
+    assert not seen("2026-03-05", "2026-03-06")
+    assert not seen(None, "2026-03-06")

@@ -20,6 +20,7 @@ from recsys.metrics import (
     CLIP,
     MAX_SLICES,
     Output,
+    WeightedAuc,
     calibration_curve,
     calibration_ratio,
     evaluate,
@@ -29,6 +30,7 @@ from recsys.metrics import (
     in_space,
     log_loss,
     normalized_entropy,
+    population_stability,
     roc_auc,
     roc_curve,
 )
@@ -694,3 +696,46 @@ def test_an_output_is_a_configuration() -> None:
     assert parse_config(Output, {"name": "p", "label": "y"}, source="run.toml") == Output(name="p", label="y")
     with pytest.raises(ConfigError, match="unknown key labels"):
         parse_config(Output, {"name": "p", "label": "y", "labels": "y"}, source="run.toml")
+
+
+# Weighted, and between two models
+
+
+@relaxed
+@given(found=rows, data=st.data())
+def test_weighted_auc_is_sklearns_and_that_of_repeated_rows(
+    found: list[tuple[int, int, int]], data: st.DataObject
+) -> None:
+    y_N, s_N, _ = columns(found)
+    weights = st.lists(st.integers(0, 4), min_size=y_N.size, max_size=y_N.size)
+    weights_DN = np.array([data.draw(weights), [1] * y_N.size], np.uint8)
+    found_D = WeightedAuc(y_N, s_N)(weights_DN)
+    for w_N, auc in zip(weights_DN, found_D, strict=True):
+        repeated = np.repeat(np.arange(y_N.size), w_N)
+        np.testing.assert_equal(auc, roc_auc(y_N[repeated], s_N[repeated]))
+        if 0 < y_N[w_N > 0].sum() < (w_N > 0).sum():
+            assert auc == pytest.approx(sklearn.metrics.roc_auc_score(y_N, s_N, sample_weight=w_N))
+        else:
+            assert math.isnan(auc)
+
+
+def test_weighted_auc_does_not_overflow() -> None:
+    y_N, p_N = clicks(400_000, 0.5)
+    auc = WeightedAuc(y_N, p_N)(np.full((1, y_N.size), 255, np.uint8))
+    assert auc[0] == pytest.approx(roc_auc(y_N, p_N), rel=1e-12)
+
+
+def test_population_stability_of_two_normals() -> None:
+    """Shifted by d standard deviations, the symmetric divergence is d²; bins lose a little of it."""
+    random = np.random.default_rng(0)
+    reference_N = random.normal(size=200_000)
+    assert population_stability(reference_N, reference_N) == 0
+    assert population_stability(reference_N, random.normal(size=50_000)) < 0.001
+    for shift in (0.3, 0.7):
+        moved_M = random.normal(size=100_000) + shift
+        assert population_stability(reference_N, moved_M) == pytest.approx(shift**2, rel=0.1)
+    assert math.isfinite(population_stability(reference_N, reference_N + 100))
+    assert population_stability(np.zeros(100), np.zeros(70)) < 0.001
+    assert population_stability(np.zeros(100), np.ones(100)) > 1
+    assert math.isnan(population_stability([], [0.5]))
+    assert "1 of 2 scores are NaN" in message(lambda: population_stability([0.5], [0.5, math.nan]))

@@ -101,7 +101,7 @@ def test_training_again_registers_nothing_new(run: Run) -> None:
 
 
 def test_promoting_the_champion_again_changes_nothing(run: Run) -> None:
-    assert promote(run).reasons == ("version 1 is the champion already",)
+    assert [reason.text for reason in promote(run).reasons] == ["version 1 is the champion already"]
 
 
 def test_mlflow_knows_how_the_model_was_made(run: Run) -> None:
