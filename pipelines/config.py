@@ -17,6 +17,7 @@ from recsys.gate import Gates
 from recsys.models import ModelConfig
 from recsys.models.funnel import FunnelConfig, require_funnel
 from recsys.trainer import TrainConfig
+from serving.drift import Checks
 
 
 class EntireSpace(Config):
@@ -106,6 +107,7 @@ class Run(Config):
     """Where to train, evaluate and score; `auto` is CUDA where there is one."""
     evaluate: Evaluation = Evaluation()
     gate: Gates = Gates()
+    checks: Checks = Checks()
     mlflow: Registry = Registry()
 
     @model_validator(mode="after")
@@ -118,6 +120,13 @@ class Run(Config):
                 f"sampling.negative_rate = {self.sampling.negative_rate}: scores can be corrected for one label, or "
                 f"for a funnel of all of them; data.labels are {list(labels)}, data.funnel is {list(funnel)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _checks_fit(self) -> Self:
+        if self.checks.overrides:
+            features = tuple(t.output for t in self.features)
+            self.checks.require_names(features, self.pipeline.inputs, self.labels)
         return self
 
     @property
@@ -150,6 +159,9 @@ class Run(Config):
 
     def scores_path(self, partition: str) -> Path:
         return self.output / "scores" / partition
+
+    def checks_path(self, partition: str) -> Path:
+        return self.output / "checks" / partition
 
     @property
     def folder(self) -> Path:

@@ -10,7 +10,8 @@ import polars as pl
 from base.errors import ArtefactError, DataError
 from base.storage import Staging, dump_json, is_published, publish, read_manifest, resolve, verify
 from features.columns import explained, require
-from features.pipeline import FittedPipeline
+from features.pipeline import FeaturePipeline, FittedPipeline
+from features.profile import missing_in
 from features.schema import carried
 from features.source import REASON
 from pipelines.config import Run
@@ -32,7 +33,7 @@ def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = p
         present = source.checked(training[0]).collect_schema().names()
     require(run.evaluate.columns, present, "evaluate")  # before hours of training, not after
     undated = source.undated()
-    counts = {partition: _check(run, partition) for partition in [*training, *source.partitions("valid")]}
+    counts = {p: check_rows(run, run.pipeline, p) for p in [*training, *source.partitions("valid")]}
     good = sum(c["good"] for p, c in counts.items() if p in training)
     for role in ("train", "valid"):
         for label in run.labels:
@@ -53,7 +54,8 @@ def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = p
             say(f"{partition}: examples are there already")
             continue
         with publish(target, "examples", overwrite=overwrite) as staging:
-            staging.about.update(about, rows=counts[partition]["good"], bad=counts[partition]["bad"])
+            found = counts[partition]
+            staging.about.update(about, rows=found["good"], bad=found["bad"], missing=found["missing"])
             _write(run, fitted, partition, staging)
         reasons = "".join(f"; set aside {n} x {r}" for r, n in counts[partition]["bad"].items())
         reasons += f" -> {target}/rejected.parquet" if reasons else ""
@@ -123,20 +125,29 @@ def _log_of(run: Run, partition: str, *, labels: bool = True) -> str:
     return hashlib.sha256(dump_json(settings)).hexdigest()[:16]
 
 
-def _check(run: Run, partition: str) -> dict[str, Any]:
-    """Rows to learn from, and bad ones by reason."""
+def check_rows(run: Run, pipeline: FeaturePipeline, partition: str) -> dict[str, Any]:
+    """Rows to learn from, and bad ones by reason; of the former, how many have an unknown label, or no value.
+
+    Raises DataError if there are none, too many are bad, or `pipeline` misses a column or cannot read one.
+    """
     with explained(f"{run.data.path}, {partition}"):
         marked = run.source.checked(partition)
-        run.pipeline.kinds(marked)
+        pipeline.kinds(marked)
         unknown = (pl.col(carried(label)).is_null().sum().alias(carried(label)) for label in run.labels)
-        found = marked.group_by(REASON).agg(pl.len(), *unknown).sort(REASON).collect(engine="streaming")
+        missing = [n.alias(f"__missing_{c}") for c, n in missing_in(marked, pipeline.inputs).items()]
+        found = marked.group_by(REASON).agg(pl.len(), *unknown, *missing).sort(REASON).collect(engine="streaming")
     reasons = dict(found.select(REASON, "len").iter_rows())
     good = reasons.pop(None, 0)
     _limit(run, partition, sum(reasons.values()), good, reasons)
     if good == 0:
         raise DataError(f"{partition}: {run.data.path} has no rows for it; check the path, data.where and data.split")
     kept = found.filter(pl.col(REASON).is_null())
-    return {"good": good, "bad": reasons, "unknown": {label: kept[carried(label)].item() for label in run.labels}}
+    return {
+        "good": good,
+        "bad": reasons,
+        "unknown": {label: kept[carried(label)].item() for label in run.labels},
+        "missing": {column: kept[f"__missing_{column}"].item() for column in pipeline.inputs},
+    }
 
 
 def _limit(run: Run, where: str, bad: int, good: int, reasons: dict[str, int]) -> None:

@@ -19,6 +19,7 @@ from features.source import REASON
 from pipelines.config import Run
 from pipelines.measure import check_outputs, scored_table
 from pipelines.prepare import examples_of
+from pipelines.profile import reference_of
 from pipelines.tracking import registry_of
 from recsys import trainer
 from recsys.bundle import Bundle, golden_rows, load_model
@@ -98,6 +99,8 @@ def _bundle(run: Run, fitted: FittedPipeline, trained: Trained) -> Bundle:
         golden=pl.DataFrame(),
     )
     bundle = replace(bundle, calibrators=_calibrators(run, bundle))
+    training, validation = run.source.partitions("train"), run.source.partitions("valid")
+    bundle = replace(bundle, profile=reference_of(run, bundle, training, validation))
     held_out = run.source.checked(run.source.partitions("valid")[0]).filter(pl.col(REASON).is_null())
     raw = held_out.select(bundle.inputs).head(GOLDEN_ROWS).collect()
     return replace(bundle, golden=golden_rows(bundle, raw)).save(run.bundle_path, overwrite=True)
