@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal, Self, assert_never
+from typing import Annotated, Any, Literal, Self, TypeVar, assert_never, cast
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, ValidationError, model_validator
 
 from base.config import Config
 from base.errors import ConfigError, did_you_mean
@@ -20,11 +20,15 @@ _SIGMAS = 4
 """Standard errors that chance alone explains: no finding below them, however tight the thresholds."""
 
 
-class Limit(Config):
-    """How large a number may be before it is worth a warning, and before the day is refused; None: never."""
+def _or_never(value: Any) -> Any:
+    return None if value == "never" else value
 
-    warn: NonNegativeFloat | None = None
-    stop: NonNegativeFloat | None = None
+
+class Limit(Config):
+    """How large a number may be before it is worth a warning, and before the day is refused; "never" turns one off."""
+
+    warn: Annotated[NonNegativeFloat | None, BeforeValidator(_or_never)] = None
+    stop: Annotated[NonNegativeFloat | None, BeforeValidator(_or_never)] = None
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -33,26 +37,27 @@ class Limit(Config):
         return self
 
 
-class Bounds(Config):
-    """Between which multiples of the training's number a day's may lie without a warning, and without being refused."""
+Multiples = tuple[NonNegativeFloat, NonNegativeFloat]
 
-    warn: tuple[NonNegativeFloat, NonNegativeFloat] | None = None
-    stop: tuple[NonNegativeFloat, NonNegativeFloat] | None = None
+
+class Bounds(Config):
+    """Between which multiples of the reference a day's number may lie; "never" turns one off."""
+
+    warn: Annotated[Multiples | None, BeforeValidator(_or_never)] = None
+    stop: Annotated[Multiples | None, BeforeValidator(_or_never)] = None
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         for name, bounds in (("warn", self.warn), ("stop", self.stop)):
             if bounds is not None and not bounds[0] <= 1 <= bounds[1]:
-                raise ValueError(
-                    f"{name} = {list(bounds)}: write the lowest and the highest multiple, with 1 in between"
-                )
+                raise ValueError(f"{name} = {list(bounds)}: write the lowest and the highest multiple, around 1")
         if self.warn and self.stop and not self.stop[0] <= self.warn[0] <= self.warn[1] <= self.stop[1]:
             raise ValueError(f"stop = {list(self.stop)} does not enclose warn = {list(self.warn)}")
         return self
 
 
 class Override(Config):
-    """Thresholds of one name, which replace the general ones."""
+    """Thresholds of one name; what they leave unsaid holds as for all."""
 
     psi: Limit | None = None
     """Of a feature."""
@@ -63,9 +68,14 @@ class Override(Config):
     label_rate: Bounds | None = None
     """Of a label."""
 
+    @property
+    def said(self) -> list[str]:
+        """Which of them are given."""
+        return [name for name in type(self).model_fields if getattr(self, name) is not None]
+
 
 class Checks(Config):
-    """Thresholds for a day beside what the model has seen."""
+    """Thresholds for a day beside what the model has seen. Of each pair, what is left unsaid keeps its default."""
 
     psi: Limit = Limit(warn=0.2)
     """Population stability index of a feature: below 0.1 nothing has changed, above 0.25 much has."""
@@ -82,23 +92,61 @@ class Checks(Config):
     overrides: dict[str, Override] = Field(default={})
     """By feature, raw column or label."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_unsaid(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        tree = cast(dict[str, Any], given)
+        defaults = {n: field.default.model_dump() for n, field in cls.model_fields.items() if n != "overrides"}
+        return tree | {n: defaults[n] | v for n, v in tree.items() if n in defaults and isinstance(v, dict)}
+
+    @model_validator(mode="after")
+    def _overrides_in_order(self) -> Self:
+        for name, override in self.overrides.items():
+            for what in override.said:
+                try:
+                    _replaced(getattr(self, what), getattr(override, what))
+                except ValidationError as error:
+                    said = error.errors()[0]["msg"].removeprefix("Value error, ")
+                    raise ValueError(f"overrides.{name}.{what}: {said}") from None
+        return self
+
+    def limit(self, what: Literal["psi", "unknown", "missing"], name: str) -> Limit:
+        """The thresholds of one feature or raw column."""
+        own = self.overrides.get(name, Override())
+        match what:
+            case "psi":
+                return _replaced(self.psi, own.psi)
+            case "unknown":
+                return _replaced(self.unknown, own.unknown)
+            case "missing":
+                return _replaced(self.missing, own.missing)
+            case _:
+                assert_never(what)
+
+    def bounds(self, label: str) -> Bounds:
+        """The thresholds of one label's rate."""
+        return _replaced(self.label_rate, self.overrides.get(label, Override()).label_rate)
+
     def require_names(self, features: Sequence[str], columns: Sequence[str], labels: Sequence[str]) -> None:
         """Raise ConfigError where an override names nothing that it could hold for."""
         known = {"psi": features, "unknown": features, "missing": columns, "label_rate": labels}
+        kinds = {"missing": "raw column that a feature reads", "label_rate": "label"}
         for name, override in self.overrides.items():
-            for what in override.model_fields_set:
+            for what in override.said:
                 if name not in known[what]:
-                    kind = {"missing": "raw column that a feature reads", "label_rate": "label"}.get(what, "feature")
                     hint = did_you_mean(name, known[what], f"; there are {', '.join(known[what])}")
+                    kind = kinds.get(what, "feature")
                     raise ConfigError(f"checks.overrides.{name}.{what}: {name!r} is no {kind}{hint}")
 
-    def _limit(self, what: Literal["psi", "unknown", "missing"], name: str) -> Limit:
-        found = getattr(self.overrides.get(name), what, None)
-        return getattr(self, what) if found is None else found
 
-    def _label_rate(self, label: str) -> Bounds:
-        override = self.overrides.get(label)
-        return self.label_rate if override is None or override.label_rate is None else override.label_rate
+T = TypeVar("T", Limit, Bounds)
+
+
+def _replaced(general: T, own: T | None) -> T:
+    """`general`, but for what `own` says."""
+    return general if own is None else type(general)(**{**dict(general), **own.model_dump(exclude_unset=True)})
 
 
 class Finding(Config):
@@ -207,7 +255,7 @@ def _label_rates(training: Profile, found: Profile, checks: Checks) -> Iterator[
         if known and training.known.get(label):
             rate, of_day = training.positives[label] / training.known[label], found.positives[label] / known
             noise = _noise(training.positives[label], training.known[label], found.positives[label], known)
-            bounds = checks._label_rate(label)
+            bounds = checks.bounds(label)
             allowed = (_around(rate, noise, b) for b in (bounds.warn, bounds.stop))
             yield _finding(label, "label_rate", rate, of_day, *allowed)
 
@@ -215,13 +263,15 @@ def _label_rates(training: Profile, found: Profile, checks: Checks) -> Iterator[
 def _missing(training: Profile, found: Profile, checks: Checks) -> Iterator[Finding]:
     for column, rows in found.missing.items():
         if column in training.missing and training.rows and found.rows:
-            limit = checks._limit("missing", column)
+            limit = checks.limit("missing", column)
             yield _loss(column, "missing", (training.missing[column], training.rows), (rows, found.rows), limit)
 
 
 def _features(reference: Reference, found: Profile, checks: Checks) -> Iterator[Finding]:
-    """Held-out rows are the fairer reference where a feature was fitted: its own rows have few unknown ids, and ids
-    that were frequent in them by luck. A day that is like either is no news."""
+    """A day that is like the training rows or like the held-out ones is no news.
+
+    The rows that a feature was fitted on have few unknown ids, and ids that were frequent in them by luck.
+    """
     both = (reference.training, reference.held_out)
     for name, bins in reference.bins.items():
         counts = found.features[name]
@@ -230,9 +280,9 @@ def _features(reference: Reference, found: Profile, checks: Checks) -> Iterator[
             shares = [bins.unknown(c) for c in known]
             if (of_day := bins.unknown(counts))[1] and any(n for _, n in shares):
                 highest = max((s for s in shares if s[1]), key=lambda s: s[0] / s[1])
-                yield _loss(name, "unknown", highest, of_day, checks._limit("unknown", name))
+                yield _loss(name, "unknown", highest, of_day, checks.limit("unknown", name))
             known, counts = [bins.known(c) for c in known], bins.known(counts)
-        yield from _psi(name, "psi", known, counts, checks._limit("psi", name))
+        yield from _psi(name, "psi", known, counts, checks.limit("psi", name))
 
 
 def _scores(reference: Reference, found: Profile, checks: Checks) -> Iterator[Finding]:
