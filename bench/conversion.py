@@ -39,8 +39,9 @@ from features.readers.synthetic import SyntheticConfig
 from features.schema import Schema, carried
 from features.source import REASON
 from pipelines.config import Run
+from pipelines.examples import examples_of
 from pipelines.generate import generate
-from pipelines.prepare import examples_of, prepare
+from pipelines.prepare import prepare
 from pipelines.progress import Ticker
 from recsys import trainer
 from recsys.bundle import load_model

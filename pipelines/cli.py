@@ -221,6 +221,18 @@ def score(run: "Run", partition: str | None, overwrite: bool, if_missing: bool, 
 @day_option
 @full_option
 @partition_option
+@click.option(
+    "--model", default="champion", show_default=True, help="An alias, a version number, or a bundle's folder."
+)
+def check(run: "Run", partition: str | None, model: str) -> None:
+    """Compare raw rows, and scores if there are any, with what the model has seen; stops at exit status 2."""
+    from pipelines.check import check
+
+    check(run, partition=partition, model=model)
+
+
+@verb
+@partition_option
 def report(run: "Run", partition: str | None) -> None:
     """Write the report page of the last evaluation."""
     from pipelines.report import report

@@ -16,6 +16,7 @@ from recsys.gate import Gates
 from recsys.models import ModelConfig
 from recsys.models.funnel import FunnelConfig, require_funnel
 from recsys.trainer import TrainConfig
+from serving.drift import Checks
 
 
 class EntireSpace(Config):
@@ -99,8 +100,8 @@ class Run(FeatureRun):
     """Where to train, evaluate and score; `auto` is CUDA where there is one."""
     evaluate: Evaluation = Evaluation()
     gate: Gates = Gates()
+    checks: Checks = Checks()
     mlflow: Registry = Registry()
-    checks: Any = None
 
     @model_validator(mode="after")
     def _labels_fit(self) -> Self:
@@ -112,6 +113,13 @@ class Run(FeatureRun):
                 f"sampling.negative_rate = {self.sampling.negative_rate}: scores can be corrected for one label, or "
                 f"for a funnel of all of them; data.labels are {list(labels)}, data.funnel is {list(funnel)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _checks_fit(self) -> Self:
+        if self.checks.overrides:
+            features = tuple(t.output for t in self.features)
+            self.checks.require_names(features, self.pipeline.inputs, self.labels)
         return self
 
     def schema_of(self, fitted: FittedPipeline) -> Schema:
@@ -130,6 +138,9 @@ class Run(FeatureRun):
 
     def scores_path(self, partition: str) -> Path:
         return self.output / "scores" / partition
+
+    def checks_path(self, partition: str) -> Path:
+        return self.output / "checks" / partition
 
     @property
     def folder(self) -> Path:

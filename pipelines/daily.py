@@ -61,7 +61,7 @@ def count(run: FeatureRun, partition: str, *, say: Say = print) -> Counts:
     if stored and stored.recipe == run.pipeline and read_manifest(resolve(target)).about == about:
         say(f"{partition}: counted already")
         return stored
-    found = check_rows(run, partition)
+    found = check_rows(run, run.pipeline, partition)
     with publish(target, "counts", overwrite=True, keep=1) as staging:
         with explained(f"{run.data.path}, {partition}"):
             counts = run.pipeline.count(good_rows(run, partition))
@@ -106,7 +106,7 @@ def encode(run: FeatureRun, partition: str, *, say: Say = print) -> None:
     line = line_of(run)
     fitted = line.features(run.trained_to if run.full else date.fromisoformat(partition.removeprefix("day=")))
     target = line.examples_path(partition)
-    write_examples(run, fitted, partition, target, check_rows(run, partition), overwrite=True, say=say)
+    write_examples(run, fitted, partition, target, check_rows(run, run.pipeline, partition), overwrite=True, say=say)
 
 
 def prepare_day(run: FeatureRun, *, say: Say = print) -> FittedPipeline:

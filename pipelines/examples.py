@@ -10,7 +10,8 @@ import polars as pl
 from base.errors import ArtefactError, DataError
 from base.storage import Staging, dump_json, is_published, publish, read_manifest, resolve, verify
 from features.columns import explained
-from features.pipeline import FittedPipeline
+from features.pipeline import FeaturePipeline, FittedPipeline
+from features.profile import missing_in
 from features.schema import carried
 from features.source import REASON
 from pipelines.settings import FeatureRun
@@ -35,7 +36,7 @@ def write_examples(
         say(f"{partition}: examples are there already")
         return
     with publish(target, "examples", overwrite=overwrite) as staging:
-        staging.about.update(about, rows=counts["good"], bad=counts["bad"])
+        staging.about.update(about, rows=counts["good"], bad=counts["bad"], missing=counts["missing"])
         _write(run, fitted, partition, staging)
     reasons = "".join(f"; set aside {n} x {r}" for r, n in counts["bad"].items())
     reasons += f" -> {target}/rejected.parquet" if reasons else ""
@@ -101,20 +102,29 @@ def _as_mature(run: FeatureRun, partition: str, immature: Any) -> bool:
     return set(immature) <= set(seen)
 
 
-def check_rows(run: FeatureRun, partition: str) -> dict[str, Any]:
-    """Rows to learn from, and bad ones by reason."""
+def check_rows(run: FeatureRun, pipeline: FeaturePipeline, partition: str) -> dict[str, Any]:
+    """Rows to learn from, and bad ones by reason; of the former, how many have an unknown label, or no value.
+
+    Raises DataError if there are none, too many are bad, or `pipeline` misses a column or cannot read one.
+    """
     with explained(f"{run.data.path}, {partition}"):
         marked = run.source.checked(partition)
-        run.pipeline.kinds(marked)
+        pipeline.kinds(marked)
         unknown = (pl.col(carried(label)).is_null().sum().alias(carried(label)) for label in run.labels)
-        found = marked.group_by(REASON).agg(pl.len(), *unknown).sort(REASON).collect(engine="streaming")
+        missing = [n.alias(f"__missing_{c}") for c, n in missing_in(marked, pipeline.inputs).items()]
+        found = marked.group_by(REASON).agg(pl.len(), *unknown, *missing).sort(REASON).collect(engine="streaming")
     reasons = dict(found.select(REASON, "len").iter_rows())
     good = reasons.pop(None, 0)
     limit_bad(run, partition, sum(reasons.values()), good, reasons)
     if good == 0:
         raise DataError(f"{partition}: {run.data.path} has no rows for it; check the path, data.where and data.split")
     kept = found.filter(pl.col(REASON).is_null())
-    return {"good": good, "bad": reasons, "unknown": {label: kept[carried(label)].item() for label in run.labels}}
+    return {
+        "good": good,
+        "bad": reasons,
+        "unknown": {label: kept[carried(label)].item() for label in run.labels},
+        "missing": {column: kept[f"__missing_{column}"].item() for column in pipeline.inputs},
+    }
 
 
 def limit_bad(run: FeatureRun, where: str, bad: int, good: int, reasons: dict[str, int]) -> None:

@@ -255,11 +255,7 @@ def dots(
             axes.plot(truth, places, linestyle="", marker="D", markersize=5, color=TRUTH, label="known truth")
         axes.errorbar(np.asarray(values), places, xerr=np.asarray(errors), linestyle="", marker="o", markersize=5.5,
                       elinewidth=1.2, color=MODEL, label="model, 95% interval")  # fmt: skip
-        axes.set_yticks(places, [short(label) for label in labels])
-        axes.set_ylim(len(labels) - 0.4, -0.6)
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
+        _lines(axes, labels)
         axes.margins(x=0.08)
         for place, count in enumerate(counts):
             axes.text(1.03, place, f"{count:,}", transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
@@ -268,6 +264,65 @@ def dots(
         _legend_above(figure, axes)
 
     return _plot(name, f"{quantity} by value", 1.15 + 0.24 * len(labels), draw)
+
+
+def drift(
+    name: str,
+    labels: Sequence[str],
+    values: Sequence[float],
+    warn: Sequence[float | None],
+    stop: Sequence[float | None],
+) -> Plot:
+    """PSI per line on a logarithmic scale, each with the thresholds that hold for it."""
+    places = np.arange(len(labels))
+    least = 1e-4
+    shown = np.maximum(values, least)  # 0 has no place on the scale
+    limits = [[math.nan if limit is None else max(limit, least) for limit in line] for line in (warn, stop)]
+    beyond = [any(v > limit for limit in both) for v, *both in zip(shown, *limits, strict=True)]
+
+    def draw(figure: Figure, axes: Axes) -> None:
+        for line, colour, style, text in zip(limits, (MUTED, INK), ("--", "-"), ("warns", "stops"), strict=True):
+            if np.isfinite(line).any():
+                axes.vlines(line, places - 0.5, places + 0.5, color=colour, linewidth=1.2, linestyle=style, label=text)
+        axes.hlines(places, least, shown, color=LINE, linewidth=1.2)
+        for outside, colour, marker, text in ((False, MODEL, "o", "within"), (True, TRUTH, "D", "beyond")):
+            if (chosen := np.asarray(beyond, bool) == outside).any():
+                axes.plot(shown[chosen], places[chosen], marker, markersize=5.5, color=colour, label=text)
+        axes.set_xscale("log")
+        axes.set_xlim(least, max(1.0, 2 * float(shown.max())))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        _lines(axes, labels)
+        axes.set_xlabel("PSI")
+        _legend_above(figure, axes, columns=4)
+
+    return _plot(name, "Population stability index by feature", 1.15 + 0.24 * len(labels), draw)
+
+
+def shares(name: str, labels: Sequence[str], before: Sequence[float], now: Sequence[float], quantity: str) -> Plot:
+    """A share per line, then and now."""
+    places = np.arange(len(labels))
+
+    def draw(figure: Figure, axes: Axes) -> None:
+        axes.hlines(places, before, now, color=MUTED, linewidth=1.2)
+        axes.plot(before, places, linestyle="", marker="|", markersize=11, markeredgewidth=2, color=INK, label="before")
+        axes.plot(now, places, linestyle="", marker="o", markersize=5.5, color=MODEL, label="this day")
+        axes.set_xlim(-0.02, 1.02)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}"))
+        _lines(axes, labels)
+        axes.set_xlabel(quantity)
+        _legend_above(figure, axes)
+
+    return _plot(name, f"{quantity}, before and on the day", 1.15 + 0.24 * len(labels), draw)
+
+
+def _lines(axes: Axes, labels: Sequence[str]) -> None:
+    """One line per label, the first on top."""
+    axes.set_yticks(np.arange(len(labels)), [short(label) for label in labels])
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
 
 
 def heat(
@@ -397,7 +452,7 @@ def shift(name: str, output: str, scores: Mapping[str, NDArray[Any]]) -> Plot:
     return _plot(name, f"Distribution of {output} by both models", 3.6, draw)
 
 
-def _legend_above(figure: Figure, axes: Axes) -> None:
+def _legend_above(figure: Figure, axes: Axes, columns: int = 3) -> None:
     """Outside the data, whatever the data are, and as wide as the figure."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=3, handlelength=1.6, columnspacing=1.2)
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=1.6, columnspacing=1.2)

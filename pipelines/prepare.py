@@ -27,7 +27,9 @@ def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = p
         present = source.checked(training[0]).collect_schema().names()
     require(run.evaluate.columns, present, "evaluate")  # before hours of training, not after
     undated = source.undated()
-    counts = {partition: check_rows(run, partition) for partition in [*training, *source.partitions("valid")]}
+    counts = {
+        partition: check_rows(run, run.pipeline, partition) for partition in [*training, *source.partitions("valid")]
+    }
     good = sum(c["good"] for p, c in counts.items() if p in training)
     for role in ("train", "valid"):
         for label in run.labels:

@@ -42,8 +42,9 @@ def production_demo(output: Path, rows: int, days: int) -> None:
         table = [
             ["day", "rows", "new ids", "AUC of yesterday's champion", "challenger", "verdict", "champion", "scored"]
         ]
-        for number in range(1, days + 1):
-            day = FIRST + timedelta(days=number)
+        day = FIRST
+        for _ in range(days):
+            day += timedelta(days=1)
             generate(log, [day], output / "logs", overwrite=True)
             _say(started, f"{day}: scoring by the champion, features, training, gate")
             _finish(deployment, "scoring", airflow.trigger("scoring", str(day)))

@@ -1,6 +1,10 @@
 """Tables as text, for a terminal."""
 
+from collections.abc import Sequence
+
 import polars as pl
+
+from serving.drift import Finding
 
 _COLUMNS = ("auc", "log_loss", "normalized_entropy", "calibration_ratio", "ece", "user_auc")
 
@@ -12,6 +16,17 @@ def metrics_table(evaluation: pl.DataFrame) -> str:
         [r["output"], r["space"], "all" if r["slice"] == "all" else f"{r['slice']} = {r['value']}", f"{r['rows']:,}"]
         + ["-" if r[c] is None else f"{r[c]:.4f}" for c in _COLUMNS]
         for r in evaluation.iter_rows(named=True)
+    ]
+    return aligned([head, *rows], left=3)
+
+
+def findings_table(findings: Sequence[Finding]) -> str:
+    """One line per finding, the worst first."""
+    head = ["name", "what", "verdict", "reference", "found", "allowed"]
+    order = {"stop": 0, "warn": 1, "ok": 2}
+    rows = [
+        [f.name, f.what.replace("_", " "), f.verdict, f.beside, f.written(f.found), f.allowed]
+        for f in sorted(findings, key=lambda f: order[f.verdict])
     ]
     return aligned([head, *rows], left=3)
 

@@ -19,6 +19,7 @@ from features.source import REASON
 from pipelines.config import Run
 from pipelines.examples import examples_of
 from pipelines.measure import check_outputs, scored_table
+from pipelines.profile import reference_of
 from pipelines.tracking import registry_of
 from recsys import trainer
 from recsys.bundle import NOWHERE, Bundle, Origin, golden_rows, load_model
@@ -47,7 +48,7 @@ def train(
             f"{run.features_path}: fitted from other [[features]] or [derive]; run `recsys prepare --overwrite`"
         )
     trained, examples = fit_window(run, fitted, run.examples_path, on_step=on_step)
-    bundle = make_bundle(run, fitted, trained)
+    bundle = make_bundle(run, fitted, trained, run.examples_path)
     _say(run, trained, bundle, say)
     register(run, registry, bundle, trained, examples, say)
     return trained
@@ -102,7 +103,13 @@ def register(
     return registered
 
 
-def make_bundle(run: Run, fitted: FittedPipeline, trained: Trained, origin: Origin = NOWHERE) -> Bundle:
+def make_bundle(
+    run: Run,
+    fitted: FittedPipeline,
+    trained: Trained,
+    path_of: Callable[[str], Path],
+    origin: Origin = NOWHERE,
+) -> Bundle:
     """Calibrate, take golden rows, publish. Where training had no validation rows, they are measured here."""
     schema = run.schema_of(fitted)
     model = load_model(run.model, schema, trained.weights, where=run.folder / "training")
@@ -123,6 +130,7 @@ def make_bundle(run: Run, fitted: FittedPipeline, trained: Trained, origin: Orig
             bundle, metrics={**bundle.metrics, "history": [*trained.history[:-1], trained.history[-1] | measured]}
         )
     bundle = replace(bundle, calibrators=_calibrators(run, bundle))
+    bundle = replace(bundle, profile=reference_of(run, bundle, path_of))
     held_out = run.source.checked(run.source.partitions("valid")[0]).filter(pl.col(REASON).is_null())
     raw = held_out.select(bundle.inputs).head(GOLDEN_ROWS).collect()
     return replace(bundle, golden=golden_rows(bundle, raw)).save(run.bundle_path, overwrite=True)

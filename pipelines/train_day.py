@@ -46,7 +46,7 @@ def train_day(run: Run, *, on_step: OnStep = lambda _: None, say: Say = print) -
         trained, examples = _read(state)
         calibrated_on = str(run.data.day_before(run.on_day))
         origin = Origin(day=run.day, line=line.name, trained_to=str(run.trained_to), calibrated_on=calibrated_on)
-        bundle = make_bundle(run, line.features(run.trained_to), trained, origin)
+        bundle = make_bundle(run, line.features(run.trained_to), trained, line.examples_path, origin)
         say(f"{run.key}: trained to {run.trained_to}, calibrated on {calibrated_on}, bundle {bundle.version}")
         if run.full and current_line(run) is None:
             adopt(run, line)  # the first: there is nothing that it could be worse than

@@ -16,6 +16,7 @@ from base.config import Config
 from base.errors import ArtefactError, DataError
 from base.storage import Staging, dump_json, is_published, publish, resolve, verify
 from features.pipeline import FittedPipeline
+from features.profile import Reference
 from features.schema import Output, Schema
 from features.split import Day
 from recsys.calibration import Calibrator, calibrated
@@ -29,6 +30,7 @@ _MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 _CALIBRATORS: TypeAdapter[dict[str, Calibrator]] = TypeAdapter(dict[str, Calibrator])
 _ROWS = "golden.parquet"
 _CALIBRATION = "calibration.json"
+_PROFILE = "profile.json"
 _GOLDEN_TOLERANCE = 1e-6
 
 
@@ -65,6 +67,8 @@ class Bundle:
     """A few raw rows with the probabilities they must get."""
     calibrators: Mapping[str, Calibrator] = field(default_factory=dict[str, Calibrator])
     """By output: what turns the model's probability into a calibrated one; applied wherever the bundle scores."""
+    profile: Reference | None = None
+    """What the rows looked like that it was trained on, and held-out ones: what later days are compared with."""
     origin: Origin = NOWHERE
     version: str = ""
     """Content hash of the stored bundle; empty before it is saved."""
@@ -145,6 +149,8 @@ class Bundle:
         }
         if self.calibrators:
             about["calibration"] = {name: c.model_dump(mode="json") for name, c in self.calibrators.items()}
+        if self.profile is not None:
+            about["profile"] = self.profile.model_dump(mode="json")
         for name, value in about.items():
             (staging / f"{name}.json").write_bytes(dump_json(value))
         self.golden.write_parquet(staging / _ROWS)
@@ -180,6 +186,7 @@ class Bundle:
             golden=_table(folder / _ROWS),
             origin=_json(folder / "origin.json", Origin.model_validate),
             calibrators=_calibrators(folder) if _CALIBRATION in manifest.files else {},
+            profile=_json(folder / _PROFILE, Reference.model_validate) if _PROFILE in manifest.files else None,
             version=manifest.version,
         )
 
