@@ -1,12 +1,13 @@
-"""backfill: features, then scores, of every day in a range; the partition key is the range, FIRST..LAST, both included.
+"""backfill: features, then scores, of a range of days; the partition key is the range, FIRST..LAST, both included.
 
-Days are prepared in order, one at a time, since each extends the one before. Training follows by itself, on the asset, and
-skips days that a later model has seen.
+Days are prepared in order, one at a time, since each extends the one before. Training follows by itself, on the asset,
+and skips days that a later model has seen.
 """
 
 from datetime import timedelta
+from typing import Any
 
-from airflow.sdk import DAG, PartitionedAtRuntime, TriggerRule, task
+from airflow.sdk import DAG, PartitionedAtRuntime, chain, task
 
 from dags.steps import FEATURES, OVERWRITE, SCORE, Step, common, days_of, params
 
@@ -22,11 +23,11 @@ with DAG(
 ) as dag:
 
     @task
-    def days(partition_key=None) -> list[str]:
+    def days(partition_key: Any = None) -> list[str]:
         return days_of(partition_key)
 
-    @task(outlets=[FEATURES], trigger_rule=TriggerRule.NONE_FAILED)
-    def published(days, outlet_events=None) -> None:
+    @task(outlets=[FEATURES])
+    def published(days: list[str], outlet_events: Any = None) -> None:
         outlet_events[FEATURES].add_partitions(days)
 
     every = days()
@@ -44,5 +45,4 @@ with DAG(
         execution_timeout=timedelta(hours=4),
         map_index_template="{{ task.day }}",
     ).expand(day=every)
-    prepared >> published(every)
-    prepared >> scored
+    chain(prepared, [published(every), scored])

@@ -1,4 +1,4 @@
-"""features: checks, features and examples of one day; every partition of the raw log is counted and encoded by its own task.
+"""features: checks, features and examples of one day, by a map over the partitions of the raw log.
 
 The run for a day starts when the day is over, and waits for its log. With RECSYS_START none is left out:
 after a stop, all days since the last one follow.

@@ -1,4 +1,4 @@
-"""full_retrain: once a week, features and a model from nothing on a window of days, then the gate, then old artefacts go.
+"""full_retrain: once a week, features and a model from nothing on a window of days; the gate; then old artefacts go.
 
 The run for a Sunday starts when that day is over; one that is started for a day still running waits for its end.
 """

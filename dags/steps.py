@@ -1,4 +1,4 @@
-"""What the DAGs share: the deployment's settings, a step of the command line, how to raise an alarm. No DAG is made here.
+"""What the DAGs share: the deployment's settings, steps of the command line, alarms. No DAG is made here.
 
 Airflow must run from the environment in which recsys is installed: the DAG files import this module as `dags.steps`.
 """
@@ -18,17 +18,18 @@ from typing import Any
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import (
     Asset,
-    AsyncCallback,
     Context,
     CronPartitionTimetable,
-    DeadlineAlert,
-    DeadlineReference,
     Param,
     TriggerRule,
     chain,
     task,
 )
+from airflow.sdk.definitions.callback import AsyncCallback
+from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
+from airflow.sdk.definitions.param import ParamsDict
 from airflow.sdk.exceptions import AirflowFailException
+from airflow.sdk.types import RuntimeTaskInstanceProtocol
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +44,11 @@ FEATURES = Asset(name="recsys_features", uri="x-recsys://features")
 # Of the deployment: read from the environment of every component when it parses a DAG file.
 HOME = os.environ.get("RECSYS_HOME") or str(Path(__file__).resolve().parents[1])
 CONFIG = os.environ.get("RECSYS_CONFIG") or "run.toml"
-START = os.environ.get("RECSYS_START")
+START = os.environ.get("RECSYS_START") or None
 """The first day to build features of, YYYY-MM-DD. All days since then are; without it only the newest, at each tick."""
 RETRY_DELAY = timedelta(seconds=float(os.environ.get("RECSYS_RETRY_SECONDS") or 300))
 PATIENCE = int(os.environ.get("RECSYS_PATIENCE") or 72)
-"""Retries of a step that waits for what is not there yet: a late log, the day before. 72 times 5 minutes are 6 hours."""
+"""Retries of a step that waits for what is not there yet, a late log or the day before: 72 × 5 minutes = 6 hours."""
 RETRIES = min(3, PATIENCE)
 DEADLINE_HOURS = os.environ.get("RECSYS_DEADLINE_HOURS")
 
@@ -55,13 +56,15 @@ ALARM_SECONDS = 30
 """How long the command that raises an alarm may take."""
 
 
-def params(**own: Param) -> dict[str, Any]:
+def params(**own: Param) -> ParamsDict:
     """What a run can be given: the same two for every DAG, then its own."""
-    return {
-        "config": Param(CONFIG, type="string", minLength=1, description="The run file, relative to home."),
-        "home": Param(HOME, type="string", minLength=1, description="The working directory of every step."),
-        **own,
-    }
+    return ParamsDict(
+        {
+            "config": Param(CONFIG, type="string", minLength=1, description="The run file, relative to home."),
+            "home": Param(HOME, type="string", minLength=1, description="The working directory of every step."),
+            **own,
+        }
+    )
 
 
 OVERWRITE = Param(False, type="boolean", description="Score again what is published already.")
@@ -230,7 +233,7 @@ def train(*, full: bool = False, limit: timedelta) -> tuple[Step, Step]:
         trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS,  # also after a refusal, but not if nothing was trained
     )
     chain(first, promote, report)
-    first >> report
+    chain(first, report)
     return first, report
 
 
@@ -263,7 +266,7 @@ def alarm_failed(context: Context) -> None:
 
 def alarm_retried(context: Context) -> None:
     """A task failed for the first time and will be tried again; later attempts are silent."""
-    if context["ti"].try_number == 1:
+    if _task(context).try_number == 1:
         alarm("retrying", **_about(context))
 
 
@@ -275,8 +278,13 @@ async def alarm_late(context: dict[str, Any] | None = None) -> None:
     )
 
 
+def _task(context: Context) -> RuntimeTaskInstanceProtocol:
+    assert "ti" in context
+    return context["ti"]
+
+
 def _about(context: Context) -> dict[str, Any]:
-    ti = context["ti"]
+    ti = _task(context)
     return {
         "dag": ti.dag_id,
         "task": ti.task_id,
