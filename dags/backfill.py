@@ -27,7 +27,7 @@ with DAG(
         return days_of(partition_key)
 
     @task(outlets=[FEATURES])
-    def published(days: list[str], outlet_events: Any = None) -> None:
+    def published(days: Any, outlet_events: Any = None) -> None:
         outlet_events[FEATURES].add_partitions(days)
 
     every = days()

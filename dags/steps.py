@@ -50,6 +50,8 @@ RETRY_DELAY = timedelta(seconds=float(os.environ.get("RECSYS_RETRY_SECONDS") or 
 PATIENCE = int(os.environ.get("RECSYS_PATIENCE") or 72)
 """Retries of a step that waits for what is not there yet, a late log or the day before: 72 × 5 minutes = 6 hours."""
 RETRIES = min(3, PATIENCE)
+TRAINING_QUEUE = os.environ.get("RECSYS_TRAINING_QUEUE")
+"""The queue of the step that trains, where executors have queues; by default that of every step."""
 DEADLINE_HOURS = os.environ.get("RECSYS_DEADLINE_HOURS")
 
 ALARM_SECONDS = 30
@@ -217,6 +219,7 @@ def train(*, full: bool = False, limit: timedelta) -> tuple[Step, Step]:
         skip={NOTHING},
         execution_timeout=limit,
         trigger_rule=TriggerRule.NONE_FAILED,
+        **({"queue": TRAINING_QUEUE} if TRAINING_QUEUE else {}),
     )
     promote = Step(
         task_id="promote",

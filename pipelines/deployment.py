@@ -132,7 +132,7 @@ class Airflow:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data=data, headers=headers, method=method)
         try:
-            with _DIRECT.open(request, timeout=60) as answer:
+            with _request(request, timeout=60) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")
@@ -307,12 +307,12 @@ def _mlflow_command(folder: Path, port: int) -> list[str]:
     ]
 
 
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_request = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # loopback: never by a proxy
 
 
 def _answers(url: str, seconds: float = 5) -> bool:
     try:
-        with _DIRECT.open(url, timeout=seconds) as answer:
+        with _request(url, timeout=seconds) as answer:
             return answer.status == 200
     except OSError:
         return False

@@ -47,6 +47,7 @@ json.dump({"errors": bag.import_errors, "dags": {dag.dag_id: {
     "schedule": type(dag.timetable).__name__, "catchup": dag.catchup, "runs": dag.max_active_runs,
     "start": str(dag.start_date),
     "deadline": [d.callback.path for d in dag.deadline],
+    "queues": {t.task_id: of(t, "queue") for t in dag.tasks if of(t, "queue") not in (None, "default")},
     "hours": [d.interval.total_seconds() / 3600 for d in dag.deadline],
     "params": {name: [dag.params[name], dag.params.get_param(name).schema["type"]] for name in dag.params},
 } for dag in bag.dags.values()}}, open(sys.argv[2], "w"))
@@ -213,7 +214,10 @@ def test_the_first_day_makes_the_schedule_catch_up(airflow: dict[str, str], tmp_
 
 def test_settings_come_from_the_environment(airflow: dict[str, str], tmp_path: Path) -> None:
     given = {"RECSYS_CONFIG": "conf/mine.toml", "RECSYS_HOME": "/srv/recsys", "RECSYS_DEADLINE_HOURS": "0.5"}
-    for dag in describe(airflow | given, tmp_path).values():
+    found = describe(airflow | given | {"RECSYS_TRAINING_QUEUE": "gpu"}, tmp_path)
+    queues = {name: dag["queues"] for name, dag in found.items() if dag["queues"]}
+    assert queues == {"training": {"train": "gpu"}, "full_retrain": {"train": "gpu"}}
+    for dag in found.values():
         assert (dag["params"]["config"][0], dag["params"]["home"][0]) == ("conf/mine.toml", "/srv/recsys")
         assert dag["hours"] == [0.5]
 
