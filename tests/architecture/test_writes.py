@@ -15,6 +15,9 @@ SOURCES = sorted(
     if path != PUBLISHER
 )
 
+LOGS = {"pipelines/deployment.py": ["(self.folder / 'logs' / f'{name}.log').open('ab')"]}
+"""What servers say is appended to a file of their own; it is nobody's input."""
+
 # Where the destination stands: in the receiver, or in one of the arguments.
 METHODS_OF_PATHS = {"write_text", "write_bytes", "symlink_to", "hardlink_to", "touch", "unlink", "rmdir", "chmod"}
 FUNCTIONS = {  # by the module that has them, with the position of the destination
@@ -138,7 +141,8 @@ def unsafe(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=[str(p.relative_to(ROOT)) for p in SOURCES])
 def test_only_storage_publishes(path: Path) -> None:
-    assert stray_writes(path.read_text()) == []
+    found = [line.partition(": ")[2] for line in stray_writes(path.read_text())]
+    assert found == LOGS.get(str(path.relative_to(ROOT)), [])
 
 
 @pytest.mark.parametrize("path", [*SOURCES, PUBLISHER], ids=lambda p: str(p.relative_to(ROOT)))

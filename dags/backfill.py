@@ -1,0 +1,48 @@
+"""backfill: features, then scores, of a range of days; the partition key is the range, FIRST..LAST, both included.
+
+Days are prepared in order, one at a time, since each extends the one before. Training follows by itself, on the asset,
+and skips days that a later model has seen.
+"""
+
+from datetime import timedelta
+from typing import Any
+
+from airflow.sdk import DAG, PartitionedAtRuntime, chain, task
+
+from dags.steps import FEATURES, OVERWRITE, SCORE, Step, common, days_of, params
+
+with DAG(
+    dag_id="backfill",
+    description="Features and scores of a range of days.",
+    doc_md=__doc__,
+    schedule=PartitionedAtRuntime(),
+    catchup=False,
+    max_active_runs=1,
+    params=params(overwrite=OVERWRITE),
+    **common(hours=72),
+) as dag:
+
+    @task
+    def days(partition_key: Any = None) -> list[str]:
+        return days_of(partition_key)
+
+    @task(outlets=[FEATURES])
+    def published(days: Any, outlet_events: Any = None) -> None:
+        outlet_events[FEATURES].add_partitions(days)
+
+    every = days()
+    prepared = Step.partial(
+        task_id="prepare",
+        verb="prepare",
+        options='--day "$RECSYS_DAY"',
+        execution_timeout=timedelta(hours=8),
+        max_active_tis_per_dagrun=1,
+        map_index_template="{{ task.day }}",
+    ).expand(day=every)
+    scored = Step.partial(
+        task_id="score",
+        **SCORE,
+        execution_timeout=timedelta(hours=4),
+        map_index_template="{{ task.day }}",
+    ).expand(day=every)
+    chain(prepared, [published(every), scored])

@@ -1,0 +1,300 @@
+"""The DAG files: what they may import, their shape, and the command line of every task for a given partition key.
+
+Airflow lives in child processes with a home of their own: its settings and warnings are global.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+DAGS = ["backfill", "features", "full_retrain", "scoring", "training"]
+DAY = "2026-03-07"
+
+IMPORT = """
+import importlib.util, json, sys, time
+import airflow.sdk, airflow.providers.standard.operators.bash, airflow.providers.standard.operators.empty
+import airflow.providers.standard.sensors.date_time
+started = time.process_time()
+for name in sys.argv[1].split(","):
+    spec = importlib.util.spec_from_file_location(name, f"{sys.argv[2]}/{name}.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+json.dump({"seconds": time.process_time() - started, "all": sorted(sys.modules)}, sys.stdout)
+"""
+
+DESCRIBE = """
+import json, sys
+from airflow.dag_processing.dagbag import DagBag
+from airflow.sdk.definitions.mappedoperator import MappedOperator
+bag = DagBag(sys.argv[1])
+def of(task, name):
+    return task.partial_kwargs.get(name) if isinstance(task, MappedOperator) else getattr(task, name)
+def is_step(task):
+    return getattr(task, "operator_class", type(task)).__name__ == "Step"
+json.dump({"errors": bag.import_errors, "dags": {dag.dag_id: {
+    "downstream": {t.task_id: sorted(t.downstream_task_ids) for t in dag.topological_sort()},
+    "unlimited": sorted(t.task_id for t in dag.tasks if is_step(t) and of(t, "execution_timeout") is None),
+    "unretried": sorted(t.task_id for t in dag.tasks if not of(t, "retries")),
+    "silent": sorted(t.task_id for t in dag.tasks if not of(t, "on_failure_callback")),
+    "mapped": sorted(t.task_id for t in dag.tasks if isinstance(t, MappedOperator)),
+    "rules": {t.task_id: getattr(of(t, "trigger_rule"), "value", None) for t in dag.tasks},
+    "outlets": sorted(t.task_id for t in dag.tasks if of(t, "outlets")),
+    "schedule": type(dag.timetable).__name__, "catchup": dag.catchup, "runs": dag.max_active_runs,
+    "start": str(dag.start_date),
+    "deadline": [d.callback.path for d in dag.deadline],
+    "queues": {t.task_id: of(t, "queue") for t in dag.tasks if of(t, "queue") not in (None, "default")},
+    "hours": [d.interval.total_seconds() / 3600 for d in dag.deadline],
+    "params": {name: [dag.params[name], dag.params.get_param(name).schema["type"]] for name in dag.params},
+} for dag in bag.dags.values()}}, open(sys.argv[2], "w"))
+"""
+
+# Renders every command line as a worker does, and runs it by the shell; a stub stands in for the interpreter.
+RUN = """
+import json, os, subprocess, sys
+from types import SimpleNamespace
+stub, dags, given, out = sys.argv[1:]
+given = json.loads(given)
+sys.executable = stub
+from airflow.dag_processing.dagbag import DagBag
+from airflow.sdk.definitions.mappedoperator import MappedOperator
+found = {}
+for dag in DagBag(dags).dags.values():
+    for task in dag.tasks:
+        if getattr(task, "operator_class", type(task)).__name__ != "Step":
+            continue
+        if isinstance(task, MappedOperator):
+            task = task.unmap({"day" if dag.dag_id == "backfill" else "partition": given["mapped"]})
+        run = SimpleNamespace(partition_key=given["key"], conf=given["conf"])
+        context = {"dag_run": run, "params": {**dag.params.dump(), **given["conf"]}, "task": task, "dag": dag}
+        mapped = {name: getattr(task, name) for name in ("day", "partition")}
+        task.render_template_fields(context)
+        if dag.dag_id == "backfill":
+            task.day = mapped["day"]  # a worker renders no mapped value
+        log = f"{out}.{dag.dag_id}.{task.task_id}"
+        env = {**task.get_env(context), "STUB_LOG": log}
+        subprocess.run(["bash", "-c", task.bash_command], env=env, cwd=task.cwd, check=True)
+        found[f"{dag.dag_id}.{task.task_id}"] = json.load(open(log))
+json.dump(found, open(out, "w"))
+"""
+
+STUB = f"""#!{sys.executable} -IS
+import json, os, sys
+json.dump({{"argv": sys.argv[1:], "cwd": os.getcwd()}}, open(os.environ["STUB_LOG"], "w"))
+"""
+
+CONFIG = ["--config", "run.toml"]
+OF_DAY = ["--day", DAY]
+OF_PARTITION = [*OF_DAY, "--partition", "day=2026-03-05"]
+COMMANDS = {
+    "features.check": ["check", *CONFIG, "--partition", f"day={DAY}"],
+    "features.plan": ["plan", *CONFIG, *OF_DAY],
+    "features.count": ["count", *CONFIG, *OF_PARTITION],
+    "features.fit": ["fit", *CONFIG, *OF_DAY],
+    "features.encode": ["encode", *CONFIG, *OF_PARTITION],
+    "training.train": ["train", *CONFIG, *OF_DAY],
+    "training.promote": ["promote", *CONFIG, *OF_DAY],
+    "training.report": ["report", *CONFIG, *OF_DAY],
+    "full_retrain.plan": ["plan", *CONFIG, *OF_DAY, "--full"],
+    "full_retrain.count": ["count", *CONFIG, *OF_PARTITION, "--full"],
+    "full_retrain.fit": ["fit", *CONFIG, *OF_DAY, "--full"],
+    "full_retrain.encode": ["encode", *CONFIG, *OF_PARTITION, "--full"],
+    "full_retrain.train": ["train", *CONFIG, *OF_DAY, "--full"],
+    "full_retrain.promote": ["promote", *CONFIG, *OF_DAY],
+    "full_retrain.report": ["report", *CONFIG, *OF_DAY],
+    "full_retrain.clean": ["clean", *CONFIG, "--keep", "14"],
+    "scoring.score": ["score", *CONFIG, "--partition", f"day={DAY}", "--if-missing"],
+    "backfill.prepare": ["prepare", *CONFIG, "--day", "2026-03-05"],
+    "backfill.score": ["score", *CONFIG, "--partition", "day=2026-03-05", "--if-missing"],
+}
+
+
+def child(code: str, *arguments: str, environment: dict[str, str]) -> str:
+    """Standard output of a Python program."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def airflow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment of an Airflow of its own; nothing of these tests needs its database."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW", "RECSYS", "MLFLOW"))}
+    return inherited | {
+        "PYTHONPATH": str(REPO),
+        "AIRFLOW_HOME": str(tmp_path_factory.mktemp("airflow")),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+    }
+
+
+def describe(environment: dict[str, str], folder: Path) -> dict[str, Any]:
+    out = folder / "dags.json"
+    child(DESCRIBE, str(REPO / "dags"), str(out), environment=environment)
+    found = json.loads(out.read_text())
+    assert found["errors"] == {}
+    return found["dags"]
+
+
+@pytest.fixture(scope="module")
+def described(airflow: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return describe(airflow, tmp_path_factory.mktemp("described"))
+
+
+def run(
+    environment: dict[str, str], folder: Path, *, key: str | None, mapped: str, conf: dict[str, Any]
+) -> dict[str, Any]:
+    """What the stub saw, by DAG and task."""
+    stub = folder / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    given = json.dumps({"key": key, "mapped": mapped, "conf": conf})
+    out = folder / "seen"
+    child(RUN, str(stub), str(REPO / "dags"), given, str(out), environment=environment)
+    return json.loads(out.read_text())
+
+
+def test_importing_the_files_is_quick_and_brings_in_nothing_of_ours(airflow: dict[str, str]) -> None:
+    found = json.loads(child(IMPORT, ",".join(DAGS), str(REPO / "dags"), environment=airflow))
+    heavy = {"torch", "torchrec", "fbgemm_gpu", "polars", "mlflow", "numpy", "pandas", "sklearn"}
+    ours = {"base", "features", "recsys", "pipelines", "serving", "bench"}
+    assert not {name.partition(".")[0] for name in found["all"]} & (heavy | ours)
+    assert found["seconds"] < 2
+
+
+def test_every_dag_has_limits_retries_and_alarms(described: dict[str, Any]) -> None:
+    assert sorted(described) == DAGS
+    for dag in described.values():
+        assert dag["unlimited"] == dag["unretried"] == dag["silent"] == []
+        assert dag["deadline"] == ["dags.steps.alarm_late"]
+        assert (dag["start"], dag["catchup"]) == ("None", False)
+        assert dag["params"].items() >= {"config": ["run.toml", "string"], "home": [str(REPO), "string"]}.items()
+
+
+def test_who_starts_what(described: dict[str, Any]) -> None:
+    assert {name: dag["schedule"] for name, dag in described.items()} == {
+        "features": "CronPartitionTimetable",
+        "training": "PartitionedAssetTimetable",
+        "full_retrain": "CronPartitionTimetable",
+        "scoring": "CronPartitionTimetable",
+        "backfill": "PartitionedAtRuntime",
+    }
+    assert {name: dag["outlets"] for name, dag in described.items() if dag["outlets"]} == {
+        "features": ["published"],
+        "backfill": ["published"],
+    }
+    one_at_a_time = {name for name, dag in described.items() if dag["runs"] == 1}
+    assert one_at_a_time == {"training", "full_retrain", "backfill"}
+
+
+def test_feature_building_is_a_map_over_partitions(described: dict[str, Any]) -> None:
+    for name in ("features", "full_retrain"):
+        dag = described[name]
+        assert dag["mapped"] == ["count", "encode"]
+        down = dag["downstream"]
+        assert set(down["plan"]) == {"count", "to_count", "to_encode"}
+        assert (down["count"], down["fit"]) == (["fit"], ["encode"])
+        assert dag["rules"]["fit"] == "none_failed"  # nothing to count: `count` is skipped, and that is all
+    assert described["features"]["rules"]["published"] == "none_failed"
+    assert described["full_retrain"]["rules"]["train"] == "none_failed"
+
+
+def test_the_first_day_makes_the_schedule_catch_up(airflow: dict[str, str], tmp_path: Path) -> None:
+    found = describe(airflow | {"RECSYS_START": "2026-03-01"}, tmp_path)
+    assert [name for name, dag in found.items() if dag["catchup"]] == ["features"]
+    # The tick that starts the run of a day is the midnight after it.
+    assert found["features"]["start"] == "2026-03-02 00:00:00+00:00"
+    assert found["scoring"]["start"] == "2026-03-01 00:00:00+00:00"
+
+
+def test_settings_come_from_the_environment(airflow: dict[str, str], tmp_path: Path) -> None:
+    given = {"RECSYS_CONFIG": "conf/mine.toml", "RECSYS_HOME": "/srv/recsys", "RECSYS_DEADLINE_HOURS": "0.5"}
+    found = describe(airflow | given | {"RECSYS_TRAINING_QUEUE": "gpu"}, tmp_path)
+    queues = {name: dag["queues"] for name, dag in found.items() if dag["queues"]}
+    assert queues == {"training": {"train": "gpu"}, "full_retrain": {"train": "gpu"}}
+    for dag in found.values():
+        assert (dag["params"]["config"][0], dag["params"]["home"][0]) == ("conf/mine.toml", "/srv/recsys")
+        assert dag["hours"] == [0.5]
+
+
+def test_each_task_is_one_command_line(airflow: dict[str, str], tmp_path: Path) -> None:
+    home = tmp_path / "it's a home"
+    home.mkdir()
+    seen = run(airflow, tmp_path, key=DAY, mapped="day=2026-03-05", conf={"home": str(home)})
+    days = run(airflow, tmp_path, key="2026-03-01..2026-03-09", mapped="2026-03-05", conf={"home": str(home)})
+    seen |= {name: called for name, called in days.items() if name.startswith("backfill.")}
+    assert {name: called["argv"] for name, called in seen.items()} == {
+        name: ["-P", "-m", "pipelines.cli", *command] for name, command in COMMANDS.items()
+    }
+    assert {Path(called["cwd"]).name for called in seen.values()} == {"it's a home"}
+
+
+def test_what_is_given_never_becomes_a_command(airflow: dict[str, str], tmp_path: Path) -> None:
+    home = tmp_path / "it's a $(touch home) folder"
+    home.mkdir()
+    hostile = "x'; touch a #$(touch b)`touch c`\"{{ 7 * 7 }}"
+    conf = {"home": str(home), "config": hostile, "keep": hostile, "overwrite": hostile}
+    seen = run(airflow, tmp_path, key=hostile, mapped=hostile, conf=conf)
+    assert seen.keys() == COMMANDS.keys()
+    for called in seen.values():
+        assert called["argv"][5] == hostile
+    assert seen["features.plan"]["argv"][6:] == ["--day", hostile]
+    assert seen["features.count"]["argv"][6:] == ["--day", hostile, "--partition", hostile]
+    assert seen["backfill.prepare"]["argv"][6:] == ["--day", hostile]
+    assert seen["full_retrain.clean"]["argv"][6:] == ["--keep", hostile]
+    assert seen["scoring.score"]["argv"][6:] == ["--partition", f"day={hostile}", "--overwrite"]
+    assert list(home.iterdir()) == [], "something given reached the shell"
+
+
+KEYS = """
+import json, sys
+from airflow.sdk.exceptions import AirflowFailException
+from dags.steps import days_of, require_day
+found = {}
+for function in (require_day, days_of):
+    for key in json.loads(sys.argv[1]):
+        try:
+            found[f"{function.__name__} {key}"] = str(function(key))
+        except AirflowFailException as error:
+            found[f"{function.__name__} {key}"] = f"refused: {error}"
+print("\\n" + json.dumps(found))
+"""
+
+
+def test_only_days_are_partition_keys(airflow: dict[str, str]) -> None:
+    keys = [None, "", "None", "2026-3-7", "20260307", "2026-W10-6", "2026-02-30", "2026-03-07; touch x", DAY]
+    ranges = ["2026-02-27..2026-03-01", f"{DAY}..{DAY}", "2026-03-07..2026-03-06", "..2026-03-07", "2026-03-07..x"]
+    found = json.loads(child(KEYS, json.dumps([*keys, *ranges]), environment=airflow).splitlines()[-1])
+    accepted = {key: value for key, value in found.items() if not value.startswith("refused: partition key ")}
+    assert accepted == {
+        f"require_day {DAY}": DAY,
+        f"days_of {DAY}": f"['{DAY}']",
+        "days_of 2026-02-27..2026-03-01": "['2026-02-27', '2026-02-28', '2026-03-01']",
+        f"days_of {DAY}..{DAY}": f"['{DAY}']",
+    }
+    assert "2026-3-7" in found["require_day 2026-3-7"]
+
+
+ALARM = """
+from dags.steps import alarm
+alarm("failed", dag="training", partition="2026-03-07")
+"""
+
+
+@pytest.mark.parametrize("command", ["false", "no-such-command", "sleep 'unclosed"])
+def test_a_broken_alarm_command_breaks_nothing(airflow: dict[str, str], command: str) -> None:
+    child(ALARM, environment=airflow | {"RECSYS_ALARM": command})
+
+
+def test_an_alarm_is_one_line_of_json_for_the_command(airflow: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "it's alarms"
+    for _ in range(2):
+        child(ALARM, environment=airflow | {"RECSYS_ALARM": f'tee -a "{file}"'})
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["failed", "failed"]
+    assert lines[0].keys() == {"event", "at", "dag", "partition"}
