@@ -20,7 +20,7 @@ from pipelines.config import Run
 from pipelines.measure import check_outputs, scored_table
 from pipelines.prepare import examples_of
 from pipelines.tracking import registry_of
-from recsys import trainer
+from recsys import processes
 from recsys.bundle import Bundle, golden_rows, load_model
 from recsys.calibration import Calibrator, fit_calibrator
 from recsys.data import ExampleStream
@@ -61,7 +61,7 @@ def train(
     )
     valid = ExampleStream(tuple(examples_of(run, validation, fitted)), schema, run.train.batch_size)
     identity = hashlib.sha256(dump_json({p: f.name for p, f in folders.items()})).hexdigest()
-    trained = trainer.train(
+    trained = processes.train(
         run.model,
         schema,
         fit,
