@@ -118,7 +118,8 @@ def _jobs(data: str, work: Path, fields: str, *, quick: bool) -> list[records.Jo
             "train": {**run.train.model_dump(), **TRAIN.get(name, {})},
         }
         configured = Run.model_validate(tree)
-        config = {**common, "model": configured.model.model_dump(), "train": configured.train.model_dump()}
+        train = configured.train.model_dump(exclude={"processes"})
+        config = {**common, "model": configured.model.model_dump(), "train": train}
 
         def measure(seed: int, run: Run = configured, name: str = name) -> Mapping[str, Any]:
             return _ours(run, fitted, folder, seed, name)

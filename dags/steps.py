@@ -212,10 +212,11 @@ def train(*, full: bool = False, limit: timedelta) -> tuple[Step, Step]:
     Days are trained in order whatever order the runs come in: `train` catches up the days before and skips
     a day that a later model has seen. It keeps that state itself; `max_active_runs` only saves waiting.
     """
+    of_day = '--day "$RECSYS_DAY"' + " --full" * full
     first = Step(
         task_id="train",
         verb="train",
-        options='--day "$RECSYS_DAY"' + " --full" * full,
+        options=of_day,
         skip={NOTHING},
         execution_timeout=limit,
         trigger_rule=TriggerRule.NONE_FAILED,
@@ -224,14 +225,14 @@ def train(*, full: bool = False, limit: timedelta) -> tuple[Step, Step]:
     promote = Step(
         task_id="promote",
         verb="promote",
-        options='--day "$RECSYS_DAY"',
+        options=of_day,
         skip={NOTHING, HELD},
         execution_timeout=timedelta(hours=2),
     )
     report = Step(
         task_id="report",
         verb="report",
-        options='--day "$RECSYS_DAY"',
+        options=of_day,
         execution_timeout=timedelta(hours=1),
         trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS,  # also after a refusal, but not if nothing was trained
     )

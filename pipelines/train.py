@@ -21,7 +21,7 @@ from pipelines.examples import examples_of
 from pipelines.measure import check_outputs, scored_table
 from pipelines.profile import reference_of
 from pipelines.tracking import registry_of
-from recsys import trainer
+from recsys import processes
 from recsys.bundle import NOWHERE, Bundle, Origin, golden_rows, load_model
 from recsys.calibration import Calibrator, fit_calibrator
 from recsys.data import ExampleStream
@@ -71,7 +71,7 @@ def fit_window(
         sampled=True,
     )
     valid = ExampleStream(tuple(examples_of(run, validation, fitted, path_of)), schema, run.train.batch_size)
-    trained = trainer.train(
+    trained = processes.train(
         run.model,
         schema,
         fit,

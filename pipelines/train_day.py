@@ -20,7 +20,7 @@ from pipelines.line import Line, adopt, current_line, line_of
 from pipelines.measure import check_outputs
 from pipelines.tracking import registry_of
 from pipelines.train import fit_window, make_bundle, register
-from recsys import trainer
+from recsys import processes
 from recsys.bundle import Origin
 from recsys.checkpoint import WarmStart
 from recsys.data import ExampleStream
@@ -115,7 +115,7 @@ def _pass_over(run: Run, line: Line, day: date, on_step: OnStep, say: Say) -> No
     example = resolve(line.examples_path(partition))
     rule = run.daily.model_dump(mode="json", include={"new_rows", "accumulator_decay"})
     identity = _hash({"state": version_name(state), "examples": example.name, **rule})
-    trained = trainer.train(
+    trained = processes.train(
         run.model,
         schema,
         fit,

@@ -37,3 +37,13 @@ class Batch(Pipelineable):
     def record_stream(self, stream: torch.Stream) -> None:
         for tensor in (self.dense_BN, self.sparse, self.labels_BT):
             tensor.record_stream(stream)  # pyright: ignore[reportArgumentType]  (stubs ask for a CUDA stream)
+
+
+def part_of(rows: int, rank: int, world: int) -> range:
+    """The rows of a batch that are `rank`'s: as many for every rank, so that those of the last ones may overlap.
+
+    Every rank gets at least one; a row belongs to the first rank that has it.
+    """
+    size = -(-rows // world)
+    start = min(rank * size, rows - size)
+    return range(start, start + size)

@@ -1,22 +1,37 @@
-"""Where a training run stands: published whole, so that a killed run resumes from a complete one or from the start."""
+"""Where a training run stands: published whole, so that a killed run resumes from a complete one or from the start.
+
+Whatever the number of processes, rank 0 publishes all tables, so that any other number can resume; what is said to be
+done here, all ranks do together.
+"""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from base.config import Config
 from base.errors import ArtefactError
 from base.faults import faultpoint
-from base.storage import Staging, is_published, prune, publish, resolve, verify, version_name, versions_of
+from base.storage import (
+    Staging,
+    is_published,
+    prune,
+    publish,
+    read_manifest,
+    resolve,
+    verify,
+    version_name,
+    versions_of,
+)
 from features.schema import NewRows
-from recsys.distributed import Sharded, Table
+from recsys.distributed import Sharded, Table, agree, to_first
 from recsys.embeddings import feature_of, normal_rows
 from recsys.tensors import load_tensors, save_tensors
 
@@ -60,7 +75,7 @@ class Position(Config):
 
 
 def weights(sharded: Sharded) -> dict[str, Tensor]:
-    """All weights under the plain model's names."""
+    """This rank's tables and all other weights, under the plain model's names."""
     tables = {TABLE.format(name): table.weights_RD for name, table in sharded.tables.items()}
     return tables | {name: parameter.detach() for name, parameter in sharded.dense.items()}
 
@@ -68,9 +83,12 @@ def weights(sharded: Sharded) -> dict[str, Tensor]:
 def save_best(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimizer) -> str:
     """Publish the state as it is; returns its version. Older ones stay until a checkpoint lets go of them."""
     target = folder / "best"
+    if dist.get_rank() != 0:
+        _give(sharded)
+        return agree(None)
     with publish(target, "state", overwrite=True) as staging:
         _write(staging, sharded, optimizer)
-    return version_name(resolve(target))
+    return agree(version_name(resolve(target)))
 
 
 def best_of(folder: Path, version: str) -> Path:
@@ -85,6 +103,9 @@ def best_of(folder: Path, version: str) -> Path:
 def save(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimizer, position: Position) -> None:
     """Publish weights, optimizer states and position as one artefact, then drop what it no longer needs."""
     target = folder / "checkpoint"
+    if dist.get_rank() != 0:
+        _give(sharded)
+        return
     with publish(target, "checkpoint", overwrite=True) as staging:
         _write(staging, sharded, optimizer)
         staging.about.update(position.model_dump(mode="json"))
@@ -104,12 +125,17 @@ def position_of(folder: Path) -> Position | None:
     return Position.model_validate(verify(resolve(target, "checkpoint")).about) if is_published(target) else None
 
 
+def stands_at(folder: Path) -> Position:
+    """The same of a checkpoint that is there, its tensors unchecked. Raises ArtefactError if there is none."""
+    return Position.model_validate(read_manifest(resolve(folder / "checkpoint", "checkpoint")).about)
+
+
 def restore(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimizer) -> None:
     """Put weights and optimizer states back. Raises ArtefactError if a tensor is missing or of another shape."""
     stored = resolve(folder / "checkpoint", "checkpoint")
     with torch.no_grad():
-        _copy(load_tensors(stored / "weights"), weights(sharded), stored)
-        _copy(load_tensors(stored / "table_states"), {n: t.state_R for n, t in sharded.tables.items()}, stored)
+        for part, target in (("weights", weights(sharded)), ("table_states", _table_states(sharded))):
+            _copy(load_tensors(stored / part, target), target, stored)
     _restore_dense(stored, sharded, optimizer)
 
 
@@ -134,8 +160,8 @@ def start_from(
     A row that is not fresh keeps its bits. A fresh one begins at the mean of the carried rows, or at a normal draw that
     follows from the seed, its table and its number; its Adagrad sum begins at `accumulator`.
     """
-    stored = load_tensors(warm.folder / "weights")
-    states = load_tensors(warm.folder / "table_states")
+    stored = load_tensors(warm.folder / "weights", weights(sharded))
+    states = load_tensors(warm.folder / "table_states", sharded.tables)
     with torch.no_grad():
         _copy(stored, {n: p.detach() for n, p in sharded.dense.items()}, warm.folder)
         for name, table in sharded.tables.items():
@@ -175,9 +201,54 @@ def _begin(table: Table, fresh_K: Tensor, name: str, std: float, rule: NewRows, 
     table.weights_RD[fresh_K] = drawn_KD.to(table.weights_RD) * std
 
 
+class _Whole(Mapping[str, Tensor]):
+    """Tensors of all ranks by name. Each table's is fetched to rank 0 when it is asked for, one after the other."""
+
+    def __init__(self, here: Mapping[str, Tensor], tables: Mapping[str, tuple[int, Sequence[int]]]) -> None:
+        self.here = here
+        self.tables = tables
+        """By name, the rank that has it, and its shape."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.here.keys() | self.tables.keys())
+
+    def __len__(self) -> int:
+        return len(self.here.keys() | self.tables.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.tables:
+            return self.here[name]
+        tensor = to_first(self.here.get(name), *self.tables[name])
+        assert tensor is not None
+        return tensor
+
+    def give(self) -> None:
+        """What the other ranks do while rank 0 asks for all in the order of their names."""
+        for name in sorted(self.tables):
+            to_first(self.here.get(name), *self.tables[name])
+
+
+def _wholes(sharded: Sharded) -> tuple[_Whole, _Whole]:
+    """Weights, and states of tables."""
+    places = sharded.places.items()
+    shapes = {TABLE.format(name): (p.rank, (p.rows, p.dim)) for name, p in places}
+    sums = {name: (p.rank, (p.rows,)) for name, p in places}
+    return _Whole(weights(sharded), shapes), _Whole(_table_states(sharded), sums)
+
+
+def _table_states(sharded: Sharded) -> dict[str, Tensor]:
+    return {name: table.state_R for name, table in sharded.tables.items()}
+
+
+def _give(sharded: Sharded) -> None:
+    """The other ranks' part in `_write`."""
+    for whole in _wholes(sharded):
+        whole.give()
+
+
 def _write(staging: Staging, sharded: Sharded, optimizer: torch.optim.Optimizer) -> None:
-    save_tensors(staging, "weights", weights(sharded))
-    save_tensors(staging, "table_states", {n: t.state_R for n, t in sharded.tables.items()})
+    for part, whole in zip(("weights", "table_states"), _wholes(sharded), strict=True):
+        save_tensors(staging, part, whole)
     save_tensors(staging, "dense_states", _dense_states(sharded, optimizer))
 
 

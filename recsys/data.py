@@ -16,12 +16,13 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
 from base.errors import DataError, IdError
 from features.schema import Schema, Sparse, carried
-from recsys.batch import Batch
+from recsys.batch import Batch, part_of
 
 # Shape suffixes: R = rows of a table, B = batch, N = dense features, T = tasks, V = ids.
 
@@ -151,11 +152,12 @@ def batches(columns: Columns, batch_size: int) -> Iterator[Batch]:
 
 @dataclass(frozen=True)
 class ExampleStream:
-    """Prepared examples as an endless supply of epochs; each rank of `world` sees its own share of the rows."""
+    """Prepared examples as an endless supply of epochs; each rank of `world` sees its `part_of` every batch."""
 
     files: tuple[Path, ...]
     schema: Schema
     batch_size: int
+    """Rows of a batch, all ranks together."""
     shuffle: bool = False
     seed: int = 0
     window: int = 8
@@ -168,32 +170,50 @@ class ExampleStream:
     """Whether to keep only the schema's `negative_rate` of the rows whose first label (of the funnel) is 0."""
 
     def rows(self) -> int:
-        """Rows of all ranks together, before sampling."""
+        """All rows, before sampling."""
         return sum(rows for _, _, rows in self._groups)
 
     def batches_per_epoch(self, epoch: int) -> int:
-        """Batches each rank sees in an epoch; with uneven row groups or sampling it differs a little between epochs."""
-        return sum(-(-(rows // self.world) // self.batch_size) for rows in self._window_rows(epoch))
+        """Batches in an epoch; with uneven row groups or sampling it differs a little between epochs."""
+        return len(self.batch_rows(epoch))
+
+    def batch_rows(self, epoch: int) -> list[int]:
+        """Rows of each batch of an epoch, all ranks together."""
+        return [n for rows in self._window_rows(epoch) for n in self._cut(rows)]
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, from batch number `start` on."""
+        """This rank's part of each batch of an epoch, from batch number `start` on."""
         windows = self._windows(epoch)
         passed = 0
         with ThreadPoolExecutor(1) as reader:  # reads ahead; pyarrow and Polars release the interpreter lock
             pending = None
             for i, window in enumerate(windows):
-                rows = sum(self._kept(group, epoch) for group in window) // self.world
-                number = -(-rows // self.batch_size)
-                if passed + number <= start:
-                    passed += number
+                sizes = [len(self._part(n)) for n in self._cut(sum(self._kept(group, epoch) for group in window))]
+                if passed + len(sizes) <= start:
+                    passed += len(sizes)
                     continue
                 columns = (pending or reader.submit(self._read, window, epoch, i)).result()
                 following = windows[i + 1] if i + 1 < len(windows) else None
                 pending = reader.submit(self._read, following, epoch, i + 1) if following else None
                 first = max(start - passed, 0)
-                for position in range(first * self.batch_size, rows, self.batch_size):
-                    yield columns.batch(position, min(position + self.batch_size, rows))
-                passed += number
+                position = sum(sizes[:first])
+                for size in sizes[first:]:
+                    yield columns.batch(position, position + size)
+                    position += size
+                passed += len(sizes)
+
+    def _cut(self, rows: int) -> list[int]:
+        """The sizes of the batches of a window."""
+        return [min(self.batch_size, rows - start) for start in range(0, rows, self.batch_size)]
+
+    def _part(self, rows: int) -> range:
+        return part_of(rows, self.rank, self.world)
+
+    def _mine(self, rows: int) -> NDArray[np.int64]:
+        """Positions, among the rows of a window, of this rank's parts of its batches."""
+        starts = range(0, rows, self.batch_size)
+        parts = [start + np.asarray(self._part(n)) for start, n in zip(starts, self._cut(rows), strict=True)]
+        return np.concatenate(parts) if parts else np.arange(0)
 
     @cached_property
     def _groups(self) -> list[tuple[Path, int, int]]:
@@ -258,9 +278,11 @@ class ExampleStream:
     def _read(self, window: list[tuple[Path, int, int]], epoch: int, index: int) -> Columns:
         names = [f.name for f in (*self.schema.sparse, *self.schema.dense)] + [carried(n) for n in self.schema.labels]
         frame = pl.concat([self._read_group(group, epoch, names) for group in window])
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, epoch, index)).permutation(frame.height)
+        if self.shuffle or self.world > 1:
+            order = np.arange(frame.height)
+            if self.shuffle:
+                order = np.random.default_rng((self.seed, epoch, index)).permutation(frame.height)
+            if self.world > 1:
+                order = order[self._mine(frame.height)]
             frame = frame[order]
-        if self.world > 1:
-            frame = frame[self.rank :: self.world]
         return to_columns(frame, self.schema, labels=True, policy=self.policy, count=self.count)

@@ -1,13 +1,18 @@
 """Sharding: a model becomes TorchRec's DistributedModelParallel, also on one process, its tables updated by fbgemm.
 
+Each table lies whole on one rank. On every rank the loss is that of the whole batch, from the logits of all ranks, so
+that losses may normalise by whatever they find in a batch; a rank's gradients are those of its own rows.
+
 Every table is constrained to the fused kernel and to failing bounds checks: left alone, the planner puts small tables
 on the dense optimizer, and fbgemm reads row 0 for an id that does not exist.
 """
 
+import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,16 +20,27 @@ import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
+from torchrec import EmbeddingBagConfig
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import get_default_sharders
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
+from base.errors import ConfigError, SetupError
+from recsys.batch import part_of
 from recsys.embeddings import Embeddings, reset_table
 
-# Shape suffixes: R = rows of a table, D = embedding dimension.
+# Shape suffixes: R = rows of a table, D = embedding dimension, B = batch, P = a rank's part of it, X = anything.
+
+_PATIENCE = timedelta(hours=2)
+"""How long a rank waits for the others, one of which may be writing a checkpoint. Dead ones are noticed at once."""
+
+_BLOCK = 2**20
+"""Rows that travel between ranks at a time."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,15 @@ class Table:
     weights_RD: Tensor
     state_R: Tensor
     """Row-wise Adagrad: the sum of mean squared gradients of each row."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a table lies, and its size."""
+
+    rank: int
+    rows: int
+    dim: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +72,8 @@ class Sharded:
     """By parameter name; everything that is not a table."""
     init_std: dict[str, float]
     """By feature name: how widely its table is initialised."""
+    places: dict[str, Place]
+    """By feature name; the tables of all ranks."""
 
     def set_table_learning_rate(self, value: float) -> None:
         """Takes effect from the next backward pass on."""
@@ -63,7 +90,7 @@ def join_process_group(device: torch.device) -> None:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=_PATIENCE)
         return
     dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
@@ -72,6 +99,8 @@ def shard(model: nn.Module, device: torch.device, adagrad: Mapping[str, float], 
     """Put `model` (tables on the meta device) under DistributedModelParallel. Tables are initialised by `reset_tables`.
 
     `adagrad`: options of RowWiseAdagrad, taken because fbgemm's Adam has no CPU kernel; its state is one float a row.
+    `batch_size` is that of all ranks together. Raises ConfigError for fewer tables than ranks, SetupError if the
+    planner finds no room.
     """
     join_process_group(device)
     collections = [m for m in model.modules() if isinstance(m, Embeddings)]
@@ -85,15 +114,28 @@ def shard(model: nn.Module, device: torch.device, adagrad: Mapping[str, float], 
         for collection in collections
         for name in collection.table_names
     }
+    tables = [table for collection in collections for table in collection.tables.embedding_bag_configs()]
     world = dist.get_world_size()
+    if world > len(constraints):
+        raise ConfigError(
+            f"train.processes = {world}: each table lies whole on one process, and there are {len(constraints)} "
+            f"tables; use at most {len(constraints)}"
+        )
     topology = Topology(world_size=world, compute_device=device.type)
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints, batch_size=batch_size)
+    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints, batch_size=-(-batch_size // world))
     sharders = get_default_sharders()
     group = dist.group.WORLD
-    plan = planner.plan(model, sharders) if world == 1 else planner.collective_plan(model, sharders, group)
+    try:
+        plan = planner.plan(model, sharders) if world == 1 else planner.collective_plan(model, sharders, group)
+    except PlannerError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SetupError(
+            f"{len(constraints)} tables on {world} processes: the planner found no place for them ({reason}); "
+            "choose other train.processes, a smaller model.dim or fewer rows"
+        ) from None
     module = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
     init_std = {name: c.init_std for c in collections for name in c.table_names}
-    return Sharded(module, _tables(module), _dense(module), init_std)
+    return Sharded(module, _tables(module), _dense(module), init_std, _places(plan, tables))
 
 
 def reset_tables(sharded: Sharded, seed: int, accumulator: float = 0.0) -> None:
@@ -105,6 +147,69 @@ def reset_tables(sharded: Sharded, seed: int, accumulator: float = 0.0) -> None:
         generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
         reset_table(table.weights_RD, sharded.init_std[name], generator)
         table.state_R.fill_(accumulator)
+
+
+def agree(value: Any) -> Any:
+    """What rank 0 has, on every rank: numbers, text, and lists and dicts of them."""
+    if dist.get_world_size() == 1:
+        return value
+    device = _device()
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    size = torch.tensor(text.numel(), device=device)
+    dist.broadcast(size, 0)
+    if dist.get_rank() != 0:
+        text = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(text, 0)
+    return json.loads(text.cpu().numpy().tobytes())
+
+
+def whole_batch(part_PX: Tensor, rows: int, world: int) -> Tensor:
+    """values_BX of a batch of `rows`, from the parts (`part_of`) of all ranks; gradients reach this rank's only."""
+    parts = [torch.empty_like(part_PX) for _ in range(world)]
+    dist.all_gather(parts, part_PX.detach().contiguous())
+    parts[dist.get_rank()] = part_PX
+    kept: list[Tensor] = []
+    end = 0
+    for rank, values_PX in enumerate(parts):
+        place = part_of(rows, rank, world)
+        kept.append(values_PX[end - place.start :])
+        end = place.stop
+    return torch.cat(kept)
+
+
+def to_first(tensor: Tensor | None, owner: int, shape: Sequence[int]) -> Tensor | None:
+    """On rank 0 the tensor of rank `owner`, in main memory unless it lies there; None on the others.
+
+    All ranks call it together; `tensor` is None on those that do not have it.
+    """
+    rank = dist.get_rank()
+    if owner == 0:
+        return tensor
+    if rank == owner:
+        assert tensor is not None
+        for block in tensor.split(_BLOCK):
+            dist.send(block.contiguous(), 0)
+    if rank != 0:
+        return None
+    whole = torch.empty(*shape)
+    for block in whole.split(_BLOCK):
+        received = torch.empty_like(block, device=_device())
+        dist.recv(received, owner)
+        block.copy_(received)
+    return whole
+
+
+def _device() -> torch.device:
+    """Where tensors must lie to be sent."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+def _places(plan: ShardingPlan, tables: Sequence[EmbeddingBagConfig]) -> dict[str, Place]:
+    ranks: dict[str, int] = {}
+    for part in plan.plan.values():
+        assert isinstance(part, EmbeddingModuleShardingPlan)
+        ranks |= {name: table.ranks[0] for name, table in part.items() if table.ranks}
+    return {t.name: Place(ranks[t.name], t.num_embeddings, t.embedding_dim) for t in tables}
 
 
 def _tables(module: DistributedModelParallel) -> dict[str, Table]:

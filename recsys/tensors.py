@@ -1,11 +1,11 @@
 """Tensors on disk: safetensors only, large ones cut into row ranges; no pickle is ever read."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from base.errors import ArtefactError
@@ -21,7 +21,8 @@ def save_tensors(staging: Staging, folder: str, tensors: Mapping[str, Tensor], *
     """Write named tensors into `folder`: small ones together, large ones as files by row range."""
     small: dict[str, Tensor] = {}
     files = 0
-    for name, tensor in sorted(tensors.items()):
+    for name in sorted(tensors):
+        tensor = tensors[name]
         kept = tensor.detach().cpu().contiguous()
         size = kept.numel() * kept.element_size()
         if size <= large or kept.ndim == 0:
@@ -34,8 +35,8 @@ def save_tensors(staging: Staging, folder: str, tensors: Mapping[str, Tensor], *
     save_file(small, staging / f"{folder}/small.safetensors")
 
 
-def load_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read what `save_tensors` wrote. Raises ArtefactError naming a file that cannot be read."""
+def load_tensors(folder: Path, only: Container[str] | None = None) -> dict[str, Tensor]:
+    """Read what `save_tensors` wrote, or what is named in `only`. Raises ArtefactError naming an unreadable file."""
     whole: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     files = sorted(folder.glob("*.safetensors"))
@@ -43,7 +44,7 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
         raise ArtefactError(f"{folder}: holds no weights; restore or rebuild the artefact")
     for file in files:
         try:
-            loaded = load_file(file)
+            loaded = _load(file, only)
         except (SafetensorError, OSError) as error:
             raise ArtefactError(f"{file}: cannot be read ({error}); restore or rebuild the artefact") from None
         for key, tensor in loaded.items():
@@ -60,6 +61,16 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
             end += blocks[start].shape[0]
         whole[name] = torch.cat([blocks[s] for s in sorted(blocks)])
     return whole
+
+
+def _load(file: Path, only: Container[str] | None) -> dict[str, Tensor]:
+    with safe_open(file, "pt") as opened:
+        return {k: opened.get_tensor(k) for k in opened.keys() if only is None or _name(k) in only}  # noqa: SIM118
+
+
+def _name(key: str) -> str:
+    name, mark, _ = key.rpartition(_ROWS)
+    return name if mark else key
 
 
 def _blocks(tensor: Tensor, large: int) -> tuple[range, tuple[Tensor, ...]]:

@@ -4,25 +4,27 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import polars as pl
 import torch
+import torch.distributed as dist
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from base.config import Config
-from base.errors import DataError
+from base.errors import ArtefactError, ConfigError, DataError
 from base.faults import faultpoint
 from features.schema import Schema
 from recsys import checkpoint
+from recsys.batch import Batch
 from recsys.checkpoint import Position, WarmStart
 from recsys.data import ExampleStream
 from recsys.device import CPU
-from recsys.distributed import Sharded, reset_tables, shard
+from recsys.distributed import Sharded, agree, join_process_group, reset_tables, shard, whole_batch
 from recsys.metrics import evaluate, headline
 from recsys.models import Model, ModelConfig, build_model
 from recsys.tensors import load_tensors
@@ -55,7 +57,11 @@ class TrainConfig(Config):
     checkpoint_every: PositiveInt = 2000
     """Steps between checkpoints inside an epoch; there is one after every epoch as well."""
     threads: PositiveInt | None = None
-    """CPU threads; by default torch's choice. Weights are bit-identical only for equal numbers of threads."""
+    """CPU threads of each process; by default torch's choice, or a process's share of the cores. Weights are
+    bit-identical only for equal numbers of threads."""
+    processes: PositiveInt = 1
+    """Processes that share the work of every batch and, table by table, the tables; on CUDA at most one for each GPU.
+    Weights are the same up to rounding, so that a run may go on with another number."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,14 @@ class Trained:
     """Step at which this process took over; 0 if it started from nothing."""
 
 
+@dataclass(frozen=True)
+class Pace:
+    """What this process, or group of processes, has done of the training."""
+
+    rows_per_second: float
+    resumed_at: int
+
+
 def train(
     model_config: ModelConfig,
     schema: Schema,
@@ -107,12 +121,47 @@ def train(
 
     `folder` holds the checkpoint; one whose configuration and data (`identity`) are the same is resumed. With `warm`
     training goes on from an earlier state instead of from nothing.
-    Raises DataError if there is nothing to train on or the loss is not finite.
+    Raises DataError if there is nothing to train on or the loss is not finite, ConfigError where the process group is
+    not one of `config.processes` (`recsys.processes` makes one).
     """
+    arguments = (model_config, schema, fit, valid, config, folder)
+    return outcome(folder, learn(*arguments, device=device, identity=identity, warm=warm, on_step=on_step))
+
+
+def outcome(folder: Path, pace: Pace) -> Trained:
+    """What a finished training has left in `folder`. Raises ArtefactError if it is gone or altered."""
+    at = checkpoint.stands_at(folder)
+    if at.best is None or not at.finished:
+        raise ArtefactError(f"{folder}: holds no finished training; train again")
+    state = checkpoint.best_of(folder, at.best)
+    history, kept = [dict(entry) for entry in at.history], load_tensors(state / "weights")
+    return Trained(kept, state, history, list(at.curve), at.best_epoch, pace.rows_per_second, pace.resumed_at)
+
+
+def learn(
+    model_config: ModelConfig,
+    schema: Schema,
+    fit: ExampleStream,
+    valid: ExampleStream | None,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    device: torch.device = CPU,
+    identity: str = "",
+    warm: WarmStart | None = None,
+    on_step: Callable[[Progress], None] = lambda _: None,
+) -> Pace:
+    """`train`, the outcome left in `folder`: what each rank of a process group does, all with the same arguments."""
     if not fit.rows() or (valid is not None and not valid.rows()):
         held_out = "" if valid is None else f" and {valid.rows()} validation rows"
         raise DataError(f"{fit.rows()} training{held_out}: there must be some; prepare again")
-    run = _run_hash(model_config, schema, config, identity)
+    run = run_hash(model_config, schema, config, identity)
+    join_process_group(device)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if world != config.processes:
+        raise ConfigError(f"train.processes = {config.processes}: this process group has {world}")
+    fit = replace(fit, rank=rank, world=world)
+    valid = valid and replace(valid, rank=rank, world=world)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -120,7 +169,7 @@ def train(
     adagrad = {"lr": config.table_learning_rate, "eps": config.table_eps}
     sharded = shard(model, device, adagrad, batch_size=config.batch_size)
     optimizer = torch.optim.Adam(sharded.dense.values(), config.learning_rate, weight_decay=config.weight_decay)
-    at = checkpoint.position_of(folder)
+    at = _agreed(checkpoint.position_of(folder) if rank == 0 else None)
     if at is None or at.run != run:
         reset_tables(sharded, config.seed, config.table_accumulator)
         if warm is not None:
@@ -133,12 +182,14 @@ def train(
         per_epoch = fit.batches_per_epoch(at.epoch)
         _set_rates(sharded, optimizer, config, at)
         sharded.module.train()
-        for batch in fit.epoch(at.epoch, start=at.batch):
-            torch.manual_seed(hash((config.seed, at.step)))  # dropout follows from the step, so resuming repeats it
-            batch = batch.to(device)
-            loss = model.loss(sharded.module(batch), batch.labels_BT)
+        sizes = fit.batch_rows(at.epoch)[at.batch :]
+        for batch, rows in zip(fit.epoch(at.epoch, start=at.batch), sizes, strict=True):
+            # Dropout follows from the step, so resuming repeats it.
+            torch.manual_seed(hash((config.seed, at.step, rank) if rank else (config.seed, at.step)))
+            logits_BL, labels_BT = _whole(sharded.module, batch.to(device), rows, world)
+            loss = model.loss(logits_BL, labels_BT)
             optimizer.zero_grad()
-            loss.backward()
+            (loss * world).backward()  # TorchRec and DDP take the mean of what the ranks' rows give; it is the sum
             optimizer.step()
             value = loss.detach().item()
             if not np.isfinite(value):
@@ -146,20 +197,16 @@ def train(
                     f"the loss became {value} at step {at.step}: lower train.table_learning_rate or learning_rate"
                 )
             at = at.after_step(value, per_epoch)
-            seen += len(batch)
+            seen += rows
             on_step(_progress(at, config, per_epoch, seen, resumed_at, time.perf_counter() - started, value))
             if at.batch % config.checkpoint_every == 0 and at.batch < per_epoch:
                 checkpoint.save(folder, sharded, optimizer, at)
-            faultpoint("trainer.step")
+            faultpoint(f"trainer.step@{rank}" if rank else "trainer.step")
         at = _close_epoch(at, config, sharded, optimizer, model, valid, device, folder)
         checkpoint.save(folder, sharded, optimizer, at)
-    assert at.best is not None
-    checkpoint.tidy(folder, at)  # a process killed at the very end did not come to it
-    elapsed = time.perf_counter() - started
-    state = checkpoint.best_of(folder, at.best)
-    history = [dict(entry) for entry in at.history]
-    kept = load_tensors(state / "weights")
-    return Trained(kept, state, history, list(at.curve), at.best_epoch, seen / elapsed, resumed_at)
+    if rank == 0:
+        checkpoint.tidy(folder, at)  # a process killed at the very end did not come to it
+    return Pace(seen / (time.perf_counter() - started), resumed_at)
 
 
 def predict(module: Callable[..., Tensor], model: Model, stream: ExampleStream, device: torch.device) -> pl.DataFrame:
@@ -167,14 +214,30 @@ def predict(module: Callable[..., Tensor], model: Model, stream: ExampleStream, 
     probabilities: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.no_grad():
-        for batch in stream.epoch(0):
-            logits_BT = module(batch.to(device))
-            probabilities.append(model.probabilities(logits_BT).cpu())
-            labels.append(batch.labels_BT)
+        for batch, rows in zip(stream.epoch(0), stream.batch_rows(0), strict=True):
+            logits_BL, labels_BT = _whole(module, batch.to(device), rows, stream.world)
+            probabilities.append(model.probabilities(logits_BL).cpu())
+            labels.append(labels_BT.cpu())
     p_RO, y_RT = torch.cat(probabilities).double().numpy(), torch.cat(labels).numpy()
     scored = {o.name: p_RO[:, i] for i, o in enumerate(model.outputs)}
     known = {label: pl.Series(y_RT[:, i]).fill_nan(None) for i, label in enumerate(stream.schema.labels)}
     return pl.DataFrame(scored | known)
+
+
+def _whole(module: Callable[..., Tensor], batch: Batch, rows: int, world: int) -> tuple[Tensor, Tensor]:
+    """Logits and labels of the whole batch of `rows`, of which `batch` is this rank's part."""
+    logits_PL = module(batch)
+    if world == 1:
+        return logits_PL, batch.labels_BT
+    both_BX = whole_batch(torch.cat([logits_PL, batch.labels_BT], 1), rows, world)
+    logits_BL, labels_BT = both_BX.split([logits_PL.shape[1], batch.labels_BT.shape[1]], 1)
+    return logits_BL, labels_BT
+
+
+def _agreed(position: Position | None) -> Position | None:
+    """Rank 0's."""
+    found = agree(position and position.model_dump(mode="json"))
+    return found and Position.model_validate(found)
 
 
 def _close_epoch(
@@ -192,7 +255,9 @@ def _close_epoch(
     entry = {"epoch": float(epoch), "step": float(at.step), "train_loss": at.epoch_loss / at.batch}
     improved = True
     if valid is not None:
-        entry |= _measure(sharded, model, valid, device, config)
+        sharded.module.eval()
+        scored = predict(sharded.module, model, valid, device)
+        entry = agree(entry | _measure(scored, model, config) if dist.get_rank() == 0 else entry)
         improved = entry["objective"] < min((h["objective"] for h in at.history), default=float("inf"))
     moved = {"best": checkpoint.save_best(folder, sharded, optimizer), "best_epoch": epoch} if improved else {}
     faultpoint("trainer.best")
@@ -210,12 +275,8 @@ def _close_epoch(
     )
 
 
-def _measure(
-    sharded: Sharded, model: Model, valid: ExampleStream, device: torch.device, config: TrainConfig
-) -> dict[str, float]:
+def _measure(scored: pl.DataFrame, model: Model, config: TrainConfig) -> dict[str, float]:
     """Exact metrics of every output on the validation rows, and the objective that they make."""
-    sharded.module.eval()
-    scored = predict(sharded.module, model, valid, device)
     evaluation = evaluate(scored, model.outputs)
     metrics = {o.name: headline(evaluation, o.name) for o in model.outputs}
     for output in model.outputs:
@@ -247,8 +308,9 @@ def _progress(
     return Progress(at.epoch + 1, config.epochs, at.step, total, seen / elapsed, eta, loss)
 
 
-def _run_hash(model: ModelConfig, schema: Schema, config: TrainConfig, identity: str) -> str:
-    free = {"checkpoint_every"}  # may change between a run and its resumption
+def run_hash(model: ModelConfig, schema: Schema, config: TrainConfig, identity: str) -> str:
+    """Of everything that decides the outcome; of `processes` it does not depend, up to rounding."""
+    free = {"checkpoint_every", "processes"}  # may change between a run and its resumption
     parts = [
         model.model_dump(mode="json"),
         schema.model_dump(mode="json"),

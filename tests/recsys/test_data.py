@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from base.errors import DataError, IdError
 from features.schema import Dense, Schema, Sparse
 from pipelines.prepare import ROW_GROUP as WRITTEN
-from recsys.batch import Batch
+from recsys.batch import Batch, part_of
 from recsys.data import ROW_GROUP, ExampleStream, IdCount, batches, check_ids, to_columns
 
 BAGS = Schema(
@@ -285,23 +285,33 @@ def test_any_position_can_be_resumed(sizes: list[int], window: int, shuffle: boo
             assert epoch_of(source, epoch, position) == whole[position:]
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("rows", "rank", "world", "part"), [
+    (8, 0, 2, range(0, 4)), (8, 1, 2, range(4, 8)),
+    (7, 0, 2, range(0, 4)), (7, 1, 2, range(3, 7)),
+    (1, 0, 3, range(0, 1)), (1, 2, 3, range(0, 1)),
+    (4, 0, 3, range(0, 2)), (4, 1, 3, range(2, 4)), (4, 2, 3, range(2, 4)),
+    (5, 0, 1, range(0, 5)),
+])  # fmt: skip
+def test_a_part_is_as_large_as_the_others(rows: int, rank: int, world: int, part: range) -> None:
+    assert part_of(rows, rank, world) == part
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_ranks_share_the_rows(world: int, shuffle: bool, tmp_path: Path) -> None:
-    rows = 157
-    ranks = [
-        stream(tmp_path, [rows], 20, 7, shuffle=shuffle, window=3, seed=1, rank=rank, world=world)
-        for rank in range(world)
-    ]
-    for epoch in (0, 1):
-        seen = [epoch_of(rank, epoch) for rank in ranks]
-        assert len({tuple(map(len, found)) for found in seen}) == 1  # or the others would wait for ever
-        counted = Counter(r for found in seen for r in flat(found))
-        assert set(counted.values()) == {1}
-        windows = -(-8 // 3)
-        assert rows - windows * (world - 1) <= len(counted) <= rows
-        if not shuffle:
-            assert len(seen[0]) == ranks[0].batches_per_epoch(0)
+def test_ranks_share_every_batch(world: int, shuffle: bool, tmp_path: Path) -> None:
+    """Each has its part of the very batches that one process alone would have, from any position on."""
+    settings = {"shuffle": shuffle, "window": 3, "seed": 1}
+    alone = stream(tmp_path, [157], 20, 7, **settings)
+    ranks = [stream(tmp_path, [157], 20, 7, **settings, rank=rank, world=world) for rank in range(world)]
+    for epoch, start in ((0, 0), (1, 0), (1, 10)):
+        whole = epoch_of(alone, epoch, start)
+        assert alone.batch_rows(epoch)[start:] == [len(batch) for batch in whole]
+        assert len(alone.batch_rows(epoch)) == alone.batches_per_epoch(epoch)
+        assert min(map(len, whole)) < 7
+        for number, rank in enumerate(ranks):
+            parts = [[batch[i] for i in part_of(len(batch), number, world)] for batch in whole]
+            assert epoch_of(rank, epoch, start) == parts
+            assert rank.batch_rows(epoch) == alone.batch_rows(epoch)
 
 
 def test_rows_are_shuffled_across_a_window_and_not_beyond(tmp_path: Path) -> None:
@@ -459,18 +469,13 @@ def test_any_position_of_a_sampled_epoch_can_be_resumed(
 
 
 def test_ranks_share_the_sampled_rows(tmp_path: Path) -> None:
-    ranks = [
-        sampled(tmp_path, [157], 20, 7, 0.5, shuffle=True, window=3, seed=1, rank=rank, world=2) for rank in (0, 1)
-    ]
-    alone = sampled(tmp_path, [157], 20, 7, 0.5, shuffle=True, window=3, seed=1)
+    settings = {"shuffle": True, "window": 3, "seed": 1}
+    ranks = [sampled(tmp_path, [157], 20, 7, 0.5, **settings, rank=rank, world=2) for rank in (0, 1)]
+    alone = sampled(tmp_path, [157], 20, 7, 0.5, **settings)
     for epoch in (0, 1):
-        seen = [kept(rank, epoch) for rank in ranks]
-        assert len(seen[0]) == len(seen[1]) == ranks[0].batches_per_epoch(epoch)
-        assert not set(flat(seen[0])) & set(flat(seen[1]))
-        whole = set(flat(kept(alone, epoch)))
-        both = set(flat(seen[0])) | set(flat(seen[1]))
-        assert both <= whole
-        assert len(whole) - len(both) <= 3  # one row for each window of an odd number of them
+        whole = kept(alone, epoch)
+        for number, rank in enumerate(ranks):
+            assert kept(rank, epoch) == [[batch[i] for i in part_of(len(batch), number, 2)] for batch in whole]
 
 
 def test_without_sampling_every_row_is_there(tmp_path: Path) -> None:
