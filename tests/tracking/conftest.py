@@ -118,7 +118,7 @@ class Server:
             return
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, start_new_session=True)
-        for _ in range(180):
+        for _ in range(300):
             assert self._process.poll() is None, self._log.read_text()[-3000:]
             try:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
