@@ -20,7 +20,7 @@ def rollback(run: Run, *, say: Callable[[str], None] = print) -> Registered:
     bundle = registry.bundle_of(registry.previous())
     bundle.check_golden()
     left = registry.aliases().get(CHAMPION)
+    follow(run, bundle.origin.line)  # first: once the alias has moved, a repetition is refused
     champion = registry.rollback()
-    follow(run, bundle.origin.line)
     say(f"champion of {registry.name!r}: from version {left or 'none'} back to version {champion.version}")
     return champion

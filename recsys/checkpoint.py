@@ -166,7 +166,7 @@ def start_from(
         _copy(stored, {n: p.detach() for n, p in sharded.dense.items()}, warm.folder)
         for name, table in sharded.tables.items():
             before_RD, sums_R = stored.get(TABLE.format(name)), states.get(name)
-            fresh_K = torch.from_numpy(warm.fresh[feature_of(name)])
+            fresh_K = torch.tensor(warm.fresh[feature_of(name)])
             if before_RD is None or sums_R is None or not _grown(before_RD, table.weights_RD, fresh_K):
                 found = "nothing" if before_RD is None else tuple(before_RD.shape)
                 raise ArtefactError(
