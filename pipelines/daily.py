@@ -11,7 +11,7 @@ from typing import Any
 
 from base.config import Config
 from base.errors import ArtefactError, DataError
-from base.storage import is_published, publish, read_manifest, resolve
+from base.storage import exclusive, is_published, publish, read_manifest, resolve
 from features.columns import explained
 from features.pipeline import Counts, FittedPipeline
 from pipelines.examples import check_rows, good_rows, log_of, write_examples
@@ -76,9 +76,13 @@ def fit(run: FeatureRun, *, say: Say = print) -> FittedPipeline:
 
     Raises ArtefactError if a day is not counted, DataError if its files are those of the day before.
     """
-    line, work = line_of(run), plan(run)
-    if run.full and work.count:
-        return _fit_window(run, line, work, say)
+    line = line_of(run)
+    with exclusive(line.folder, say):  # of two days at once the second finds the first one's features
+        work = plan(run)
+        return _fit_window(run, line, work, say) if run.full and work.count else _extend(run, line, work, say)
+
+
+def _extend(run: FeatureRun, line: Line, work: Plan, say: Say) -> FittedPipeline:
     last = line.days("features")[-1]
     fitted = line.features(last)
     if fitted.recipe != run.pipeline:
