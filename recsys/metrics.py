@@ -256,16 +256,18 @@ def population_stability(reference_N: ArrayLike, scores_M: ArrayLike, bins: int 
     """The population stability index of scores against those of a reference: 0 is equally distributed.
 
     The sum over bins of (share - reference share) * log(share / reference share), which is the symmetric
-    Kullback-Leibler divergence; the bins have equal mass in the reference, and every count is one half higher, so
-    that it is finite. nan where either is empty. Raises DataError on NaN scores.
+    Kullback-Leibler divergence. The bins lie between scores that have equal mass between them in the reference, and
+    each such score is a bin of its own, since it may be a common one; every count is one half higher, so that it is
+    finite. nan where either is empty. Raises DataError on NaN scores.
     """
     r_N, s_M = _scores(reference_N), _scores(scores_M)
     if not r_N.size or not s_M.size:
         return math.nan
-    edges = np.unique(np.quantile(r_N, np.linspace(0, 1, bins + 1)[1:-1]))
+    edges = np.unique(np.quantile(r_N, np.linspace(0, 1, bins + 1)[1:-1], method="lower"))
     shares = []
     for values in (r_N, s_M):
-        count_K = np.bincount(np.searchsorted(edges, values, "right"), minlength=edges.size + 1) + 0.5
+        place = np.searchsorted(edges, values, "left") + np.searchsorted(edges, values, "right")
+        count_K = np.bincount(place, minlength=2 * edges.size + 1) + 0.5
         shares.append(count_K / count_K.sum())
     return float(((shares[1] - shares[0]) * np.log(shares[1] / shares[0])).sum())
 
