@@ -5,6 +5,7 @@ dies with the one that started it. They are told what to do by an artefact in th
 by lines of JSON on standard output, which all inherit.
 """
 
+import errno
 import json
 import os
 import signal
@@ -35,6 +36,9 @@ from recsys.trainer import Pace, Progress, TrainConfig, Trained
 
 _MARK = "\x1e"
 """Begins a line that is a message, as in RFC 7464."""
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors that are told as they are."""
 
 _DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
@@ -101,7 +105,8 @@ def train(
         folder=folder.absolute(),
         device=device.type,
         identity=identity,
-        warm=warm and Warm(folder=warm.folder, new_rows=warm.new_rows, accumulator_decay=warm.accumulator_decay),
+        warm=warm
+        and Warm(folder=warm.folder.absolute(), new_rows=warm.new_rows, accumulator_decay=warm.accumulator_decay),
     )
     with publish(folder / "job", "job", overwrite=True, keep=1) as staging:
         (staging / "job.json").write_bytes(dump_json(job.model_dump(mode="json")))
@@ -161,7 +166,7 @@ def _failure(failures: list[dict[str, Any]], exits: dict[str, int], processes: i
     for failure in failures:
         if failure["user"]:
             return UserError(failure["text"])
-        if failure["errno"] is not None:
+        if failure["errno"] in _DISK:
             return OSError(failure["errno"], failure["text"], failure["path"])
     for rank, status in sorted(exits.items(), key=lambda item: item[1] == -signal.SIGTERM):
         if status < 0:
@@ -179,9 +184,8 @@ def _failure(failures: list[dict[str, Any]], exits: dict[str, int], processes: i
 
 
 def _tell(**message: Any) -> None:
-    """One message to the caller, in one piece."""
-    sys.stdout.write(f"{_MARK}{json.dumps(message)}\n")
-    sys.stdout.flush()
+    """One message to the caller. Shorter than PIPE_BUF it stays in one piece, whoever else writes."""
+    os.write(1, f"{_MARK}{json.dumps(message)}\n".encode())
 
 
 def _die_with(parent: int) -> None:
@@ -213,8 +217,8 @@ def _rank(job: str, parent: str) -> None:
         pace = _learn(Path(job), rank)
     except Exception as error:
         number, path = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
-        text = str(error) if number is None else os.strerror(number)
-        trace = "".join(traceback.format_exception(error))
+        text = (str(error) if number is None else os.strerror(number))[:1000]
+        trace = "".join(traceback.format_exception(error))[-2000:]
         user = isinstance(error, UserError)
         _tell(failure={"rank": rank, "user": user, "text": text, "errno": number, "path": path, "trace": trace})
         sys.exit(1)

@@ -235,12 +235,14 @@ TRACE = "Traceback (most recent call last):\n  ...\nValueError: no such thing\n"
 USER = {"rank": 0, "user": True, "text": "the loss became nan", "errno": None, "path": None, "trace": TRACE}
 BUG = USER | {"rank": 1, "user": False, "text": "no such thing"}
 LOST = USER | {"user": False, "text": "Connection closed by peer"}
+RESET = LOST | {"errno": errno.ECONNRESET}
 FULL = LOST | {"text": "No space left on device", "errno": errno.ENOSPC, "path": "/out/checkpoint"}
 
 
 @pytest.mark.parametrize(("failures", "exits", "kind", "text"), [
     ([USER, USER], {"0": 1, "1": 1}, UserError, r"^the loss became nan$"),
     ([LOST], {"0": 1, "1": -9}, SetupError, r"process 1 of 2 was killed by SIGKILL \(.* memory .*\); run again: "),
+    ([RESET], {"0": 1, "1": -11}, SetupError, r"process 1 of 2 was killed by SIGSEGV; run again: "),
     ([], {"0": -15, "1": -9}, SetupError, r"process 1 of 2 was killed by SIGKILL"),
     ([], {"0": -15}, SetupError, r"process 0 of 2 was killed by SIGTERM; run again"),
     ([BUG, LOST], {"0": 1, "1": 1}, SetupError, r"process 1 of 2 failed: ValueError: no such thing; run again"),
@@ -256,22 +258,23 @@ def test_a_failure_names_the_process_that_began_it(
 
 
 def test_a_process_reports_what_went_wrong(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(path: Path, rank: int) -> None:
         raise errors[rank]
 
-    errors = [DataError("rows are missing"), OSError(errno.ENOSPC, "No space left on device", "/out")]
+    errors = [DataError("rows are missing" + 5000 * "!"), OSError(errno.ENOSPC, "No space left on device", "/out")]
     monkeypatch.setattr(processes, "_learn", failing)
     monkeypatch.setattr(processes, "_die_with", lambda parent: None)
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
         with pytest.raises(SystemExit):
             processes._rank(str(tmp_path), "1")
-    lines = capsys.readouterr().out.strip("\x1e").split("\x1e")
+    lines = capfd.readouterr().out.strip("\x1e").split("\x1e")
+    assert max(map(len, lines)) < 4096
     messages = [json.loads(line)["failure"] for line in lines]
     told = [processes._failure([message], {}, 2, "") for message in messages]
     assert isinstance(told[0], UserError)
-    assert str(told[0]) == "rows are missing"
+    assert str(told[0]).startswith("rows are missing!")
     assert isinstance(told[1], OSError)
     assert (told[1].errno, told[1].filename) == (errno.ENOSPC, "/out")

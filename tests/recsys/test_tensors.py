@@ -42,6 +42,13 @@ def test_tensors_come_back_as_they_were(large: int, tmp_path: Path) -> None:
     assert {p.suffix for p in folder.iterdir()} == {".safetensors"}
 
 
+def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
+    wanted = {"wide", "embed.tables.embedding_bags.user id.weight", "one", "unknown"}
+    loaded = load_tensors(stored(TENSORS, tmp_path, large=2_000), wanted)
+    assert loaded.keys() == wanted - {"unknown"}
+    assert all(loaded[name].equal(TENSORS[name]) for name in loaded)
+
+
 def test_large_tensors_are_cut_by_rows(tmp_path: Path) -> None:
     folder = stored(TENSORS, tmp_path, large=2_000)
     names = {p.name: set(load_file(p)) for p in folder.iterdir()}
