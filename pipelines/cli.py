@@ -291,6 +291,18 @@ def demo(output: Path, rows: int) -> None:
         demo(output, rows)
 
 
+@main.command("production-demo")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("runs/production"), show_default=True)
+@click.option("--rows", default=50_000, show_default=True, help="Impressions per day.")
+@click.option("--days", default=5, show_default=True, type=click.IntRange(min=1), help="How many days to live through.")
+def production_demo(output: Path, rows: int, days: int) -> None:
+    """A real MLflow and a real Airflow live through some days of a drifting log, one table row a day."""
+    with _reported():
+        from pipelines.production_demo import production_demo
+
+        production_demo(output, rows, days)
+
+
 @main.command()
 @click.argument("before", type=click.Path(path_type=Path))
 @click.argument("after", type=click.Path(path_type=Path))

@@ -20,7 +20,7 @@ from pipelines.tracking import registry_of
 
 FIRST = date(2026, 3, 5)
 """The day of the first full training: it learns from the first three days of the log."""
-DRIFT = 0.1
+DRIFT = 0.05
 
 
 def production_demo(output: Path, rows: int, days: int) -> None:
