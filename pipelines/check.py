@@ -39,7 +39,7 @@ def check(
         return {}
     checked: dict[str, list[Finding]] = {}
     for name in partitions:
-        found = checked[name] = findings_of(run, bundle, name)
+        found = checked[name] = findings_of(run.at(name), bundle, name)
         say(f"{name} beside what version {version} has seen\n\n{findings_table(found)}\n")
         _publish(run, name, found, bundle, version)
         _log(run, registry, run_id, name, found)

@@ -232,6 +232,8 @@ def check(run: "Run", partition: str | None, model: str) -> None:
 
 
 @verb
+@day_option
+@full_option
 @partition_option
 def report(run: "Run", partition: str | None) -> None:
     """Write the report page of the last evaluation."""

@@ -11,8 +11,6 @@ from pipelines.config import Run
 from pipelines.examples import check_rows, good_rows, limit_bad, log_of, whole, write_examples
 from pipelines.measure import check_outputs
 
-ROW_GROUP = 2**17
-
 
 def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = print) -> FittedPipeline:
     """Fit the features on the training partitions, then write the examples of training and validation.

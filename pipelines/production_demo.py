@@ -32,7 +32,8 @@ def production_demo(output: Path, rows: int, days: int) -> None:
     generate(log, history, output / "logs", overwrite=True)
     _say(started, "starting MLflow and Airflow")
     config = output / "deployment" / "run.toml"
-    with Deployment(output / "servers", config=str(config.absolute())) as deployment:
+    patience = {"RECSYS_RETRY_SECONDS": "10", "RECSYS_PATIENCE": "3"}
+    with Deployment(output / "servers", config=str(config.absolute()), environment=patience) as deployment:
         run = _run_file(output, deployment.mlflow_uri)
         print(f"MLflow   {deployment.mlflow_uri}\nAirflow  {deployment.airflow.url}", flush=True)
         airflow = deployment.airflow

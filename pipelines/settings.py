@@ -11,7 +11,7 @@ from base.errors import ConfigError
 from features.pipeline import FeaturePipeline
 from features.schema import NewRows
 from features.source import Data, Source, Table
-from features.split import Day, DaySplit, days_of
+from features.split import Day, DaySplit, EachDay, days_of
 from features.transforms import AnyTransform
 
 
@@ -84,6 +84,15 @@ class FeatureRun(Config):
         seen = {"observed_until": observed} if self.data.matures_after_days else {}
         data = self.data.model_copy(update={"split": split, **seen})
         return self.model_copy(update={"data": data, "day": str(day), "full": full})
+
+    def at(self, partition: str) -> Self:
+        """This run as it is on the day of a partition, where days have no roles; otherwise itself."""
+        if not isinstance(self.data.split, EachDay) or not partition.startswith("day="):
+            return self
+        try:
+            return self.on(date.fromisoformat(partition.removeprefix("day=")))
+        except ValueError:
+            return self
 
     @property
     def source(self) -> Source:

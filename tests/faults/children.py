@@ -38,7 +38,7 @@ def train(config: str, folder: str) -> dict[str, Any]:
     from base.storage import resolve
     from features.pipeline import FittedPipeline
     from pipelines.config import Run
-    from pipelines.prepare import examples_of
+    from pipelines.examples import examples_of
     from recsys import trainer
     from recsys.data import ExampleStream
 

@@ -181,7 +181,9 @@ def test_the_alias_moves_last_so_that_a_retry_finds_what_is_missing(
     before = champion_of(registry)
     moved: list[str] = []
     move = ModelRegistry.promote
-    monkeypatch.setattr(ModelRegistry, "promote", lambda self, r: (moved.append(r.version), move(self, r)))
+    monkeypatch.setattr(
+        ModelRegistry, "promote", lambda self, r, again: (moved.append(r.version), move(self, r, again=again))
+    )
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from base.errors import DataError, IdError
 from features.schema import Dense, Schema, Sparse
-from pipelines.prepare import ROW_GROUP as WRITTEN
+from pipelines.examples import ROW_GROUP as WRITTEN
 from recsys.batch import Batch, part_of
 from recsys.data import ROW_GROUP, ExampleStream, IdCount, batches, check_ids, to_columns
 
