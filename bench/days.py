@@ -93,7 +93,7 @@ def _jobs(*, quick: bool) -> list[records.Job]:
     run = load_config(
         Run,
         Path(str(files("pipelines") / "runs" / "production.toml")),
-        ["model={name=\"fm\", dim=16}", "train.threads=1", "train.table_learning_rate=0.05"],
+        ['model={name="fm", dim=16}', "train.threads=1", "train.table_learning_rate=0.05"],
     )
     shared = {
         "days": days,

@@ -70,7 +70,7 @@ def section(target: Path, bundle: str, drawn: list[Plot]) -> page.Html:
     parts += [page.tag("p", str(reason)) for reason in verdict.reasons if reason.ruling != "pass"]
     if shown := list(_drawable(comparisons)):
         caption = "A bar wholly left of equal, its dot left of the margin, refuses."
-        parts.append(page.figures(page.figure(drawn, plots.forest("gate", shown), "Candidate and champion", caption)))
+        parts.append(page.figure(drawn, plots.forest("gate", shown), "Candidate and champion", caption))
     if comparisons:
         parts.append(page.details("All numbers", _numbers(comparisons)))
     parts += _lag(target)
@@ -92,7 +92,17 @@ def _lag(target: Path) -> list[page.Html]:
                 rows.append([day[0], c.output, *(str(a) for a in ages), *figures])
     if not rows:
         return []
-    head = ["day", "output", "candidate's age", "champion's age", "its AUC", "champion's AUC", "gain", "from", "to"]
+    head = [
+        "day",
+        "output",
+        "candidate's age",
+        "champion's age",
+        "candidate's AUC",
+        "champion's AUC",
+        "gain",
+        "from",
+        "to",
+    ]
     text = "Models of different age on the same rows of a day; the age is how many days before it a model last learned."
     return [page.tag("h3", "What the lag costs"), page.tag("p", text), page.table(head, rows[-DAYS:], left=2)]
 

@@ -198,13 +198,13 @@ def _how_it_learned(facts: _Facts, drawn: list[Plot]) -> page.Html:
         ]
     if len(outputs) > 1:
         figures.append(page.figure(drawn, plots.loss_curve("epochs-loss", curve), "Training loss"))
-    return page.tag(
-        "section",
-        page.tag("h2", "How it learned"),
-        page.tag("p", f"The weights kept are those of epoch {best} of {len(history)}, the best on the validation rows. "
-             "Where the training loss falls on and validation gets worse, the model learns rows by heart."),
-        page.figures(*figures),
-    )  # fmt: skip
+    chosen = (
+        f"The weights kept are those of epoch {best} of {len(history)}, the best on the validation rows. "
+        "Where the training loss falls on and validation gets worse, the model learns rows by heart."
+    )
+    went_on = "One pass over the day's rows, from the state of the day before; measured on the day of calibration."
+    text = chosen if "objective" in history[-1] else went_on
+    return page.tag("section", page.tag("h2", "How it learned"), page.tag("p", text), page.figures(*figures))
 
 
 # Quality

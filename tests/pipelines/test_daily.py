@@ -13,6 +13,7 @@ from base.config import parse_config
 from base.errors import ArtefactError, ConfigError, DataError, Superseded
 from base.storage import is_published, read_manifest, resolve
 from features.readers.synthetic import SyntheticConfig, day_frame
+from pipelines.check import check
 from pipelines.clean import clean
 from pipelines.config import Run
 from pipelines.daily import count, encode, fit, plan, prepare_day
@@ -24,6 +25,7 @@ from pipelines.score import score
 from pipelines.tracking import registry_of
 from pipelines.train_day import train_day
 from recsys.bundle import Bundle
+from recsys.registry import Registered
 from recsys.tensors import load_tensors
 
 ROWS = 1500
@@ -272,6 +274,56 @@ def test_labels_that_mature_publish_their_day_again(tmp_path: Path) -> None:
     train_day(run.on(day(5)), say=quiet)
     later = run_of(tmp_path, data=data, model=tower, calibrate=None, daily={"window_days": 2, "observed_days": 1})
     assert later.on(day(5)).data.observed_until == "2026-03-06"
+
+
+# The gate's days
+
+
+def promoted(run: Run, number: int) -> Registered:
+    """A day's version made the champion, whatever the gate would say."""
+    registry = registry_of(run)
+    version = registry.of_training(read_manifest(resolve(run.on(day(number)).bundle_path)).version)
+    registry.promote(version)
+    return version
+
+
+def test_an_older_model_never_follows_a_newer_one(begun: tuple[Path, Run]) -> None:
+    _, run = begun
+    champion = promoted(run, 6)
+    with pytest.raises(
+        Superseded, match="trained to 2026-03-03, the champion to 2026-03-04: a later day has been promo"
+    ):
+        promote(run.on(day(5)))
+    assert registry_of(run).champion() == champion
+
+
+def test_no_model_is_judged_on_a_day_that_it_has_learned_from(begun: tuple[Path, Run]) -> None:
+    _, run = begun
+    promoted(run, 5)
+    for number, how in ((5, "candidate has been calibrated on days to 2026-03-05"), (4, "candidate has been trained")):
+        with pytest.raises(DataError, match=how):
+            promote(run.on(day(6)), partition=f"day={day(number)}")
+
+
+def test_a_version_that_was_rolled_back_stays_back_though_its_step_is_repeated(begun: tuple[Path, Run]) -> None:
+    _, run = begun
+    promoted(run, 5)
+    left = promoted(run, 6)
+    restored = rollback(run, say=quiet)
+    verdict = promote(run.on(day(6)))
+    assert verdict.decision == "refused"
+    assert f"version {left.version} was rolled back" in str(verdict.reasons[0])
+    champion = registry_of(run).champion()
+    assert champion is not None
+    assert champion.version == restored.version != left.version
+
+
+def test_a_day_is_checked_beside_what_the_champion_has_seen(begun: tuple[Path, Run]) -> None:
+    _, run = begun
+    promoted(run, 5)
+    found = check(run, partition="day=2026-03-06", say=quiet)["day=2026-03-06"]
+    assert {f.what for f in found} >= {"psi", "unknown", "missing", "label_rate", "volume"}
+    assert all(f.verdict != "stop" for f in found)
 
 
 # Lines
