@@ -7,9 +7,9 @@ and skips days that a later model has seen.
 from datetime import timedelta
 from typing import Any
 
-from airflow.sdk import DAG, PartitionedAtRuntime, chain, task
+from airflow.sdk import DAG, PartitionedAtRuntime, TriggerRule, chain, task
 
-from dags.steps import FEATURES, OVERWRITE, SCORE, Step, common, days_of, params
+from dags.steps import FEATURES, NOTHING, OVERWRITE, SCORE, Step, common, days_of, params
 
 with DAG(
     dag_id="backfill",
@@ -26,7 +26,7 @@ with DAG(
     def days(partition_key: Any = None) -> list[str]:
         return days_of(partition_key)
 
-    @task(outlets=[FEATURES])
+    @task(outlets=[FEATURES], trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS)
     def published(days: Any, outlet_events: Any = None) -> None:
         outlet_events[FEATURES].add_partitions(days)
 
@@ -35,6 +35,7 @@ with DAG(
         task_id="prepare",
         verb="prepare",
         options='--day "$RECSYS_DAY"',
+        skip={NOTHING},  # before the line that daily steps go on with
         execution_timeout=timedelta(hours=8),
         max_active_tis_per_dagrun=1,
         map_index_template="{{ task.day }}",
@@ -42,6 +43,7 @@ with DAG(
     scored = Step.partial(
         task_id="score",
         **SCORE,
+        trigger_rule=TriggerRule.NONE_FAILED,
         execution_timeout=timedelta(hours=4),
         map_index_template="{{ task.day }}",
     ).expand(day=every)

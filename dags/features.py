@@ -9,17 +9,17 @@ from datetime import timedelta
 from airflow.providers.standard.operators.empty import EmptyOperator
 from airflow.sdk import DAG, TriggerRule, chain
 
-from dags.steps import FEATURES, PATIENCE, START, Step, common, each, params, prepare
+from dags.steps import FEATURES, OBSERVED_DAYS, PATIENCE, START, Step, common, each, params, prepare
 
 with DAG(
     dag_id="features",
     description="Features and examples of one day, as a partition of the asset recsys_features.",
     doc_md=__doc__,
-    schedule=each("0 0 * * *", offset=-1),
+    schedule=each("0 0 * * *", offset=-1 - OBSERVED_DAYS),
     catchup=START is not None,
     max_active_runs=8,  # more than one: a day that waits for the day before it must not keep that one out
     params=params(),
-    **common(hours=10, lag=timedelta(days=1)),
+    **common(hours=10, lag=timedelta(days=1 + OBSERVED_DAYS)),
 ) as dag:
     check = Step(
         task_id="check",

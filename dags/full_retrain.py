@@ -8,7 +8,7 @@ from datetime import timedelta
 from airflow.providers.standard.sensors.date_time import DateTimeSensor
 from airflow.sdk import DAG, Param, TriggerRule, chain
 
-from dags.steps import Step, common, each, params, prepare, train
+from dags.steps import OBSERVED_DAYS, PATIENCE, Step, common, each, params, prepare, train
 
 with DAG(
     dag_id="full_retrain",
@@ -23,7 +23,7 @@ with DAG(
 ) as dag:
     over = DateTimeSensor(
         task_id="over",
-        target_time="{{ macros.ds_add(dag_run.partition_key, 1) }}",
+        target_time=f"{{{{ macros.ds_add(dag_run.partition_key, {1 + OBSERVED_DAYS}) }}}}",
         mode="reschedule",
         poke_interval=timedelta(minutes=10),
         timeout=timedelta(days=2).total_seconds(),
@@ -39,6 +39,13 @@ with DAG(
         execution_timeout=timedelta(hours=1),
         trigger_rule=TriggerRule.NONE_FAILED,
     )
-    chain(over, plan)
+    check = Step(
+        task_id="check",
+        verb="check",
+        options='--partition "$RECSYS_PARTITION"',
+        retries=PATIENCE,  # the gate needs the log of the day
+        execution_timeout=timedelta(hours=1),
+    )
+    chain(over, check, plan)
     chain(encode, first)
     chain(report, clean)

@@ -46,6 +46,8 @@ HOME = os.environ.get("RECSYS_HOME") or str(Path(__file__).resolve().parents[1])
 CONFIG = os.environ.get("RECSYS_CONFIG") or "run.toml"
 START = os.environ.get("RECSYS_START") or None
 """The first day to build features of, YYYY-MM-DD. All days since then are; without it only the newest, at each tick."""
+OBSERVED_DAYS = int(os.environ.get("RECSYS_OBSERVED_DAYS") or 0)
+"""How many days later than at its end a day is processed, so that late labels are in its log: daily.observed_days."""
 RETRY_DELAY = timedelta(seconds=float(os.environ.get("RECSYS_RETRY_SECONDS") or 300))
 PATIENCE = int(os.environ.get("RECSYS_PATIENCE") or 72)
 """Retries of a step that waits for what is not there yet, a late log or the day before: 72 × 5 minutes = 6 hours."""
@@ -185,6 +187,7 @@ def prepare(*, full: bool = False) -> tuple[Step, Step]:
         task_id="count",
         verb="count",
         options=of_partition,
+        retries=PATIENCE,  # it waits for the log of a day that was missed
         execution_timeout=timedelta(hours=2),
         map_index_template="{{ task.partition }}",
     ).expand(partition=partitions.override(task_id="to_count")(plan.output, "count"))
@@ -233,6 +236,7 @@ def train(*, full: bool = False, limit: timedelta) -> tuple[Step, Step]:
         task_id="report",
         verb="report",
         options=of_day,
+        skip={NOTHING},
         execution_timeout=timedelta(hours=1),
         trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS,  # also after a refusal, but not if nothing was trained
     )

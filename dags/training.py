@@ -16,4 +16,4 @@ with DAG(
     params=params(),
     **common(hours=14),
 ) as dag:
-    train(limit=timedelta(hours=8))
+    train(limit=timedelta(hours=48))  # it may wait for a full training to end

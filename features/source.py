@@ -233,6 +233,10 @@ class Source:
             assert day is not None
             return frame.select(day.is_null().sum()).collect(engine="streaming").item()
 
+    def has_own_files(self, partition: str) -> bool:
+        """Whether a partition's files hold nothing of other partitions, as those in `day=` folders do."""
+        return self._files_of(partition) != self._files
+
     def fingerprint(self, partition: str) -> dict[str, str]:
         """Identity of the raw files behind a partition: path, number and content hash."""
         files = self._files_of(partition)
@@ -258,7 +262,10 @@ class Source:
             return self._files
         files = tuple(f for f in self._files if _hive(f)[time.column] == value)
         if not files:
-            raise DataError(f"{self.data.path}: no files for {name} {value}; check the path and data.split")
+            raise DataError(
+                f"{self.data.path}: no files for {name} {value}; check the path and data.split, wait for the log, or "
+                "name a day that will have none in data.without_log"
+            )
         return files
 
     def _scan(self, files: Sequence[Path]) -> pl.LazyFrame:

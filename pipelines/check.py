@@ -69,7 +69,8 @@ def _publish(run: Run, partition: str, found: Sequence[Finding], bundle: Bundle,
     with publish(run.checks_path(partition), "check", overwrite=True, keep=3) as staging:
         (staging / "findings.json").write_bytes(dump_json([f.model_dump(mode="json") for f in found]))
         (staging / "findings.txt").write_text(f"{findings_table(found)}\n", encoding="utf-8")
-        staging.about.update(bundle=bundle.version, model_version=version, partition=partition)
+        stopped = [f.sentence for f in found if f.verdict == "stop"]
+        staging.about.update(bundle=bundle.version, model_version=version, partition=partition, stopped=stopped)
 
 
 def _log(run: Run, registry: ModelRegistry, run_id: str | None, partition: str, found: Sequence[Finding]) -> None:

@@ -5,10 +5,11 @@ from datetime import date, timedelta
 from pathlib import Path
 
 from base.errors import ConfigError
-from base.storage import bytes_of, exclusive, published, resolve, withdraw
+from base.storage import bytes_of, exclusive, published, versions_of, withdraw
 from pipelines.config import Run
 from pipelines.line import Line, current_line, lines
 from pipelines.tracking import registry_of
+from recsys.registry import CHAMPION, PREVIOUS, ModelRegistry
 
 
 def clean(run: Run, *, keep: int, say: Callable[[str], None] = print) -> int:
@@ -22,7 +23,8 @@ def clean(run: Run, *, keep: int, say: Callable[[str], None] = print) -> int:
         raise ConfigError(
             f"--keep {keep}: a full training needs {run.daily.window_days} days (daily.window_days); keep as many"
         )
-    in_use = registry_of(run).referenced()
+    registry = registry_of(run)
+    in_use, lines_in_use = registry.referenced(), _lines_in_use(registry)
     freed = 0
     with exclusive(run.output / "training", say):
         line = current_line(run)
@@ -31,18 +33,25 @@ def clean(run: Run, *, keep: int, say: Callable[[str], None] = print) -> int:
             return 0
         oldest = line.days("features")[-1] - timedelta(days=keep - 1)
         for target in _dated(run, line, oldest):
-            if resolve(target) in in_use:
+            if in_use & {version.resolve() for version in versions_of(target)}:
                 continue
             freed += bytes_of(target)
             withdraw(target)
         for other in lines(run):
-            if other != line and date.fromisoformat(other.name) < oldest:
+            newest = max([date.fromisoformat(other.name), *other.days("states")])
+            if other != line and other.name not in lines_in_use and newest < oldest:
                 left = [t for kind in ("features", "examples", "states") for t in published(other.folder / kind)]
                 freed += sum(bytes_of(t) for t in left)
                 for target in left:
                     withdraw(target)
     say(f"freed {freed / 1e6:,.1f} MB: kept {oldest} and later")
     return freed
+
+
+def _lines_in_use(registry: ModelRegistry) -> set[str | None]:
+    """Those that daily steps go on with, or would after a rollback."""
+    aliases = registry.aliases()
+    return {registry.bundle_of(registry.find(name)).origin.line for name in (CHAMPION, PREVIOUS) if name in aliases}
 
 
 def _dated(run: Run, line: Line, oldest: date) -> Iterator[Path]:

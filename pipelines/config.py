@@ -139,9 +139,6 @@ class Run(FeatureRun):
     def scores_path(self, partition: str) -> Path:
         return self.output / "scores" / partition
 
-    def checks_path(self, partition: str) -> Path:
-        return self.output / "checks" / partition
-
     @property
     def folder(self) -> Path:
         """Of this model: its training state, bundle, evaluations and report."""

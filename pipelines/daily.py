@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from base.config import Config
-from base.errors import ArtefactError, DataError
+from base.errors import ArtefactError, DataError, Superseded
 from base.storage import exclusive, is_published, publish, read_manifest, resolve
 from features.columns import explained
 from features.pipeline import Counts, FittedPipeline
@@ -42,10 +42,13 @@ def plan(run: FeatureRun) -> Plan:
     if run.full:
         wanted = run.source.partitions("train")
         return Plan(count=tuple(wanted), encode=(*wanted, *run.source.partitions("valid")))
-    if not days or run.on_day < days[0]:
+    if not days:
         raise DataError(
-            f"{run.on_day}: the line {line.name} has features from {min(days, default='no day')} on; run the full "
-            f"training of {line.name} to its end, or choose a later day"
+            f"line {line.name}: its full training is not finished; run `recsys prepare --day {line.name} --full`"
+        )
+    if run.on_day < days[0]:
+        raise Superseded(
+            f"{run.on_day}: line {line.name} begins with the features of {days[0]}; there is nothing to add"
         )
     missing = [d for d in run.data.days(days[-1], run.on_day) if d > days[-1]]
     first = run.data.day_before(run.on_day, run.daily.window_days)
@@ -55,6 +58,7 @@ def plan(run: FeatureRun) -> Plan:
 
 def count(run: FeatureRun, partition: str, *, say: Say = print) -> Counts:
     """The integer statistics of one partition, published for whoever fits. Raises DataError on bad or missing rows."""
+    _refuse_stopped(run, partition)
     target = run.counts_path(partition)
     about = {"raw": run.source.fingerprint(partition), "log": log_of(run, partition)}
     stored = _counts(target)
@@ -88,7 +92,7 @@ def _extend(run: FeatureRun, line: Line, work: Plan, say: Say) -> FittedPipeline
     if fitted.recipe != run.pipeline:
         raise DataError(
             f"{line.features_path(last)}: fitted from other [[features]] or [derive], and ids must keep their meaning; "
-            f"train anew with --full, or restore the settings"
+            + ("train a later day with --full" if run.full else "train anew with --full, or restore the settings")
         )
     for partition in work.count:
         day = date.fromisoformat(partition.removeprefix("day="))
@@ -160,9 +164,20 @@ def _require_counts(run: FeatureRun, partition: str) -> Counts:
     return Counts.load(resolve(run.counts_path(partition), "counts", made_by=f"`recsys count --partition {partition}`"))
 
 
+def _refuse_stopped(run: FeatureRun, partition: str) -> None:
+    """What a data check has stopped is not learned from, neither by its own day's run nor by a later one."""
+    target = run.checks_path(partition)
+    stopped = read_manifest(resolve(target, "check")).about["stopped"] if is_published(target) else []
+    if stopped:
+        raise DataError(
+            f"{partition}: its data check said stop: {'; '.join(stopped)}: mend the log or allow it in [checks], then "
+            f"run `recsys check --partition {partition}` again"
+        )
+
+
 def _refuse_repeated(run: FeatureRun, partition: str, before: str) -> None:
     """Yesterday's files under today's name would count every id twice."""
-    if not is_published(run.counts_path(before)):
+    if not is_published(run.counts_path(before)) or not run.source.has_own_files(partition):
         return
     raw: dict[str, Any] = read_manifest(resolve(run.counts_path(before), "counts")).about["raw"]
     if raw["sha256"] == run.source.fingerprint(partition)["sha256"]:

@@ -75,7 +75,11 @@ def check_outputs(run: Run) -> None:
             hint = did_you_mean(unknown[0], list(outputs), f"; the outputs are {', '.join(outputs)}")
             raise ConfigError(f"{setting}: {unknown[0]!r} is no output of {run.model.name}{hint}")
     partition = run.calibrate and run.calibrate.partition
-    for role in ("train", "test"):
+    if partition and run.day:
+        raise ConfigError(
+            f"calibrate.partition = {partition!r}: with --day a model is calibrated on the day before; leave it out"
+        )
+    for role in ("train", "test") if partition else ():
         if partition in run.source.partitions(role):
             raise ConfigError(
                 f"calibrate.partition = {partition!r} is a {role} partition: calibrate on rows that are "

@@ -106,6 +106,11 @@ def _require_unseen(partitions: Sequence[str], candidate: Bundle, champion: Bund
             f"the candidate is trained to {candidate.origin.trained_to}, the champion to "
             f"{champion.origin.trained_to}: a later day has been promoted already"
         )
+    # Of two models of one day, the one that was trained anew takes the place of the one that went on.
+    ours, theirs = candidate.origin, champion.origin if champion else None
+    same_day = theirs is not None and ours.trained_to == theirs.trained_to
+    if same_day and ours.line and theirs and theirs.line and ours.line < theirs.line:
+        raise Superseded(f"the champion was trained anew on {theirs.line}, the candidate goes back to {ours.line}")
     origins = {"candidate": candidate.origin} | ({"champion": champion.origin} if champion else {})
     days = [(partition, partition.removeprefix("day=")) for partition in partitions if partition.startswith("day=")]
     for name, origin in origins.items():

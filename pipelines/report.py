@@ -18,7 +18,7 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from base.errors import ArtefactError, ConfigError
+from base.errors import ArtefactError, ConfigError, Superseded
 from base.storage import dump_json, is_published, publish, read_manifest, resolve
 from features.schema import Output
 from features.source import REASON
@@ -111,6 +111,8 @@ class _Facts:
 def _gather(run: Run, partition: str | None) -> _Facts:
     target = run.evaluation_path(partition or "test")
     if not is_published(target):
+        if run.day is not None:
+            raise Superseded(f"{target}: the day's model was not judged; run `recsys promote --day {run.day}`")
         raise ArtefactError(f"{target}: there is no evaluation yet; run `recsys evaluate` first")
     scored, table, folder = evaluation_of(run, partition)
     bundle = Bundle.load(run.bundle_path)

@@ -130,5 +130,8 @@ class FeatureRun(Config):
         """Which line daily steps go on with."""
         return self.output / "line"
 
+    def checks_path(self, partition: str) -> Path:
+        return self.output / "checks" / partition
+
     def counts_path(self, partition: str) -> Path:
         return self.output / "counts" / partition

@@ -16,6 +16,7 @@ from base.errors import DataError
 from base.storage import dump_json, read_manifest, resolve
 from features.pipeline import FittedPipeline
 from features.source import REASON
+from features.split import DaySplit, days_of
 from pipelines.config import Run
 from pipelines.examples import examples_of
 from pipelines.measure import check_outputs, scored_table
@@ -48,7 +49,9 @@ def train(
             f"{run.features_path}: fitted from other [[features]] or [derive]; run `recsys prepare --overwrite`"
         )
     trained, examples = fit_window(run, fitted, run.examples_path, on_step=on_step)
-    bundle = make_bundle(run, fitted, trained, run.examples_path)
+    split = run.data.split
+    origin = Origin(trained_to=str(days_of(split.train)[-1])) if isinstance(split, DaySplit) else NOWHERE
+    bundle = make_bundle(run, fitted, trained, run.examples_path, origin)
     _say(run, trained, bundle, say)
     register(run, registry, bundle, trained, examples, say)
     return trained

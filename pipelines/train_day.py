@@ -15,13 +15,14 @@ from base.errors import DataError, Superseded
 from base.storage import dump_json, exclusive, is_published, publish, read_manifest, resolve, verify, version_name
 from features.pipeline import changed_rows
 from pipelines.config import Run
+from pipelines.daily import prepare_day
 from pipelines.examples import examples_of
 from pipelines.line import Line, adopt, current_line, line_of
 from pipelines.measure import check_outputs
 from pipelines.tracking import registry_of
 from pipelines.train import fit_window, make_bundle, register
 from recsys import processes
-from recsys.bundle import Origin
+from recsys.bundle import Bundle, Origin
 from recsys.checkpoint import WarmStart
 from recsys.data import ExampleStream
 from recsys.device import pick_device
@@ -41,16 +42,56 @@ def train_day(run: Run, *, on_step: OnStep = lambda _: None, say: Say = print) -
     check_outputs(run)
     registry = registry_of(run)  # first: hours of training should not end in a refused connection
     with exclusive(run.output / "training", say):
-        line = line_of(run)
-        state = _full(run, line, on_step, say) if run.full else _in_order(run, line, on_step, say)
-        trained, examples = _read(state)
-        calibrated_on = str(run.data.day_before(run.on_day))
-        origin = Origin(day=run.day, line=line.name, trained_to=str(run.trained_to), calibrated_on=calibrated_on)
-        bundle = make_bundle(run, line.features(run.trained_to), trained, line.examples_path, origin)
-        say(f"{run.key}: trained to {run.trained_to}, calibrated on {calibrated_on}, bundle {bundle.version}")
+        bundle = _made(run)
+        if bundle is None:
+            bundle = _make(run, on_step, say)
+        else:
+            say(f"{run.key}: bundle {bundle.version} is made already")
+        line = Line(run.output / "lines" / str(bundle.origin.line))
         if run.full and current_line(run) is None:
             adopt(run, line)  # the first: there is nothing that it could be worse than
+    state = line.state_path(run.trained_to)
+    if not is_published(state):
+        return registry.of_training(bundle.version)  # cleaned since: it was registered long ago
+    trained, examples = _read(resolve(state))
     return register(run, registry, bundle, trained, examples, say)
+
+
+def _made(run: Run) -> Bundle | None:
+    """The day's bundle, if it was made with the same settings: what was registered once stays what it is."""
+    if not is_published(run.bundle_path):
+        return None
+    bundle, now = Bundle.load(run.bundle_path), run.model_dump(mode="json")
+    decisive = ("data", "features", "derive", "model", "train", "sampling", "calibrate")
+    return bundle if all(bundle.settings.get(key) == now[key] for key in decisive) else None
+
+
+def _make(run: Run, on_step: OnStep, say: Say) -> Bundle:
+    if not run.full:
+        prepare_day(run, say=say)  # nothing is left to do, unless the line has changed since
+    line = line_of(run)
+    _refuse_others(run, line)
+    state = _full(run, line, on_step, say) if run.full else _in_order(run, line, on_step, say)
+    calibrated_on = str(run.data.day_before(run.on_day))
+    origin = Origin(day=run.day, line=line.name, trained_to=str(run.trained_to), calibrated_on=calibrated_on)
+    bundle = make_bundle(run, line.features(run.trained_to), _read(state)[0], line.examples_path, origin)
+    say(f"{run.key}: trained to {run.trained_to}, calibrated on {calibrated_on}, bundle {bundle.version}")
+    return bundle
+
+
+def _refuse_others(run: Run, line: Line) -> None:
+    """Two models would go on from each other's states."""
+    for day in line.days("states")[-1:]:
+        owner = read_manifest(resolve(line.state_path(day), "state")).about["model"]
+        if owner != _name(run):
+            raise DataError(
+                f"line {line.name} in {run.output} is trained as {owner!r}, this run is {_name(run)!r}: give each "
+                "daily model an output folder of its own"
+            )
+
+
+def _name(run: Run) -> str:
+    return run.name or run.model.name
 
 
 def _full(run: Run, line: Line, on_step: OnStep, say: Say) -> Path:
@@ -70,7 +111,7 @@ def _full(run: Run, line: Line, on_step: OnStep, say: Say) -> Path:
         say(f"{run.key}: trained already")
         return resolve(target)
     trained, examples = fit_window(run, fitted, line.examples_path, on_step=on_step)
-    return _keep(line, run.trained_to, trained, identity, examples, say)
+    return _keep(run, line, run.trained_to, trained, identity, examples, say)
 
 
 def _in_order(run: Run, line: Line, on_step: OnStep, say: Say) -> Path:
@@ -80,17 +121,18 @@ def _in_order(run: Run, line: Line, on_step: OnStep, say: Say) -> Path:
         raise DataError(
             f"line {line.name}: its full training is not finished; run `recsys train --day {line.name} --full`"
         )
-    if run.trained_to < states[-1] and not is_published(run.bundle_path):
+    if run.trained_to < states[-1]:
         raise Superseded(
             f"day {run.day}: its model would be trained to {run.trained_to}, but line {line.name} is trained to "
             f"{states[-1]} already; a later model takes its place"
         )
-    if run.trained_to < states[0]:
-        raise DataError(
-            f"line {line.name} begins with a model of {states[0]}, trained to a later day than {run.day} needs"
+    if run.trained_to == states[0]:
+        raise Superseded(
+            f"day {run.day}: the model of the full training that line {line.name} begins with is its model"
         )
-    for day in run.data.days(states[-1], run.trained_to)[1:]:
-        _pass_over(run, line, day, on_step, say)
+    for day in run.data.days(states[-1], run.trained_to):
+        if day > states[-1]:
+            _pass_over(run, line, day, on_step, say)
     return resolve(line.state_path(run.trained_to), "state", made_by="`recsys train` of a later day")
 
 
@@ -127,13 +169,16 @@ def _pass_over(run: Run, line: Line, day: date, on_step: OnStep, say: Say) -> No
         warm=warm,
         on_step=on_step,
     )
-    _keep(line, day, trained, identity, {partition: read_manifest(example).about}, say)
+    _keep(run, line, day, trained, identity, {partition: read_manifest(example).about}, say)
 
 
-def _keep(line: Line, day: date, trained: Trained, identity: str, examples: Mapping[str, Any], say: Say) -> Path:
+def _keep(
+    run: Run, line: Line, day: date, trained: Trained, identity: str, examples: Mapping[str, Any], say: Say
+) -> Path:
     """Publish a state under its day; training's own copy goes with the next one."""
     about = {
         "identity": identity,
+        "model": _name(run),
         "examples": examples,
         "history": trained.history,
         "curve": trained.curve,

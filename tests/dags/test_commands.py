@@ -99,6 +99,7 @@ COMMANDS = {
     "training.train": ["train", *CONFIG, *OF_DAY],
     "training.promote": ["promote", *CONFIG, *OF_DAY],
     "training.report": ["report", *CONFIG, *OF_DAY],
+    "full_retrain.check": ["check", *CONFIG, "--partition", f"day={DAY}"],
     "full_retrain.plan": ["plan", *CONFIG, *OF_DAY, "--full"],
     "full_retrain.count": ["count", *CONFIG, *OF_PARTITION, "--full"],
     "full_retrain.fit": ["fit", *CONFIG, *OF_DAY, "--full"],

@@ -350,7 +350,7 @@ def test_a_full_training_begins_a_line_that_is_followed_once_it_is_promoted(begu
 
 def test_days_before_a_line_or_without_one_are_refused(begun: tuple[Path, Run], tmp_path: Path) -> None:
     _, run = begun
-    with pytest.raises(DataError, match="2026-03-01: the line 2026-03-04 has features from 2026-03-02 on"):
+    with pytest.raises(Superseded, match="2026-03-01: line 2026-03-04 begins with the features of 2026-03-02"):
         plan(run.on(day(1)))
     other = run_of(tmp_path / "nothing").on(day(5))
     with pytest.raises(
@@ -416,6 +416,62 @@ def test_a_log_without_days_has_no_daily_mode(tmp_path: Path) -> None:
     data = {**tree_of(tmp_path)["data"], "split": {"train": 0.8, "valid": 0.2}}
     with pytest.raises(ConfigError, match=r"--day needs a log with data\.time, split by day"):
         run_of(tmp_path, data=data).on(FIRST)
+
+
+def test_a_day_that_a_check_has_stopped_is_not_learned_from_by_a_later_run(begun: tuple[Path, Run]) -> None:
+    folder, run = begun
+    promoted(run, 5)
+    for number in (7, 8):
+        write(folder, number)
+    path = folder / "log/day=2026-03-07/part.parquet"
+    whole = pl.read_parquet(path)
+    whole.with_columns(user_id=pl.lit(None, whole.schema["user_id"])).write_parquet(path)
+    with pytest.raises(DataError, match="user_id"):
+        check(run, partition="day=2026-03-07", say=quiet)
+    with pytest.raises(DataError, match=r"day=2026-03-07: its data check said stop: .*user_id"):
+        prepare_day(run.on(day(8)), say=quiet)
+    whole.write_parquet(path)
+    check(run, partition="day=2026-03-07", say=quiet)
+    prepare_day(run.on(day(8)), say=quiet)
+
+
+def test_a_log_without_day_folders_has_a_daily_mode(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    for number in range(1, 6):
+        settings = SyntheticConfig(rows_per_day=ROWS, users=800, items=200)
+        day_frame(settings, day(number)).write_parquet(tmp_path / f"log/{number}.parquet")
+    run = run_of(tmp_path, data={**tree_of(tmp_path)["data"], "path": str(tmp_path / "log/*.parquet")})
+    full = run.on(FIRST, full=True)
+    prepare_day(full, say=quiet)
+    train_day(full, say=quiet)
+    now = live(run, 5)
+    assert line_of(now).days("features") == [day(n) for n in (2, 3, 4, 5)]
+
+
+def test_a_trained_day_that_is_named_without_log_leaves_no_gap(begun: tuple[Path, Run]) -> None:
+    folder, _ = begun
+    for number in (7, 8):
+        write(folder, number)
+    data = {**tree_of(folder)["data"], "without_log": ["2026-03-04"]}
+    run = run_of(folder, data=data)
+    live(run, 8)
+    assert line_of(run.on(day(8))).days("states") == [day(n) for n in (2, 3, 4, 5, 6)]
+
+
+def test_two_daily_models_do_not_share_a_folder(begun: tuple[Path, Run]) -> None:
+    folder, _ = begun
+    write(folder, 7)
+    other = run_of(folder, name="other").on(day(7))
+    with pytest.raises(DataError, match=r"line 2026-03-04 in .* is trained as 'fm', this run is 'other'"):
+        train_day(other, say=quiet)
+
+
+def test_a_registered_day_is_not_registered_again_for_other_settings_of_the_gate(begun: tuple[Path, Run]) -> None:
+    folder, run = begun
+    now = live(run, 6)
+    version = registry_of(now).of_training(Bundle.load(now.bundle_path).version)
+    other = run_of(folder, gate={"min_auc": 0.6}).on(day(6))
+    assert train_day(other, say=quiet) == version
 
 
 # Cleaning
