@@ -41,7 +41,14 @@ def conversion() -> str:
     return tables()
 
 
-@pytest.mark.parametrize("make", [tree, quality, conversion])
+def days() -> str:
+    """The table of 30 drifting days."""
+    from bench.days import table
+
+    return table()
+
+
+@pytest.mark.parametrize("make", [tree, quality, conversion, days])
 def test_generated_part_is_up_to_date(make) -> None:
     text = README.read_text()
     found = re.search(rf"(<!-- {make.__name__} -->\n)((?:(?!<!--).)*?)(\n<!-- end -->)", text, re.DOTALL)
