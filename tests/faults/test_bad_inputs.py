@@ -197,7 +197,8 @@ def test_an_empty_day(altered: Callable[..., Run], day: str) -> None:
 def test_a_day_that_is_not_there(platform: Platform, tmp_path: Path) -> None:
     run = platform.at(tmp_path / "out", data__split__valid="2026-04-02", data__split__test="2026-04-03")
     assert refusal(DataError, lambda: prepare(run, say=quiet)) == (
-        f"{run.data.path}: no files for day 2026-04-02; check the path and data.split"
+        f"{run.data.path}: no files for day 2026-04-02; check the path and data.split, wait for the log, or name a "
+        "day that will have none in data.without_log"
     )
     run = platform.at(tmp_path / "out", data__path="'nowhere/*.parquet'")
     assert refusal(DataError, lambda: prepare(run, say=quiet)).startswith("nowhere/*.parquet: no files match; check")

@@ -17,7 +17,7 @@ from tests.faults.conftest import Platform
 FILES = [
     *("features/learned/000.parquet", "features/learned/001.parquet", "features/learned/003.parquet"),
     *("features/learned/004.parquet", "features/recipe.json", "golden.parquet", "metrics.json", "model.json"),
-    *("schema.json", "settings.json", "weights/small.safetensors"),
+    *("origin.json", "schema.json", "settings.json", "weights/small.safetensors"),
 ]
 DAY = "day=2026-03-02"
 
@@ -177,7 +177,7 @@ def test_a_description_of_something_else(
     assert str(resolve(target)) in found
 
 
-@pytest.mark.parametrize("name", ["model.json", "schema.json", "settings.json", "metrics.json"])
+@pytest.mark.parametrize("name", ["model.json", "schema.json", "settings.json", "metrics.json", "origin.json"])
 def test_json_that_is_none(copy: Path, tmp_path: Path, name: str) -> None:
     (copy / name).write_text("{")
     target = seal(copy, tmp_path / "mixed")
