@@ -105,13 +105,16 @@ def train(
         folder=folder.absolute(),
         device=device.type,
         identity=identity,
-        warm=warm
-        and Warm(folder=warm.folder.absolute(), new_rows=warm.new_rows, accumulator_decay=warm.accumulator_decay),
+        warm=None if warm is None else _plain(warm),
     )
     with publish(folder / "job", "job", overwrite=True, keep=1) as staging:
         (staging / "job.json").write_bytes(dump_json(job.model_dump(mode="json")))
         save_tensors(staging, "fresh", {} if warm is None else {n: torch.tensor(r) for n, r in warm.fresh.items()})
     return trainer.outcome(folder, _run(resolve(folder / "job", "job"), config, on_step))
+
+
+def _plain(warm: WarmStart) -> Warm:
+    return Warm(folder=warm.folder.absolute(), new_rows=warm.new_rows, accumulator_decay=warm.accumulator_decay)
 
 
 def _run(job: Path, config: TrainConfig, on_step: Callable[[Progress], None]) -> Pace:

@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 
 from base.errors import ConfigError, DataError, SetupError, UserError
 from base.storage import resolve
 from features.schema import Schema, Sparse
-from recsys import checkpoint, processes
+from recsys import checkpoint, processes, trainer
+from recsys.checkpoint import WarmStart
 from recsys.device import CPU
 from recsys.distributed import shard
-from recsys.models import LRConfig, build_model
+from recsys.models import LRConfig, ModelConfig, build_model
 from recsys.tensors import load_tensors
 from recsys.trainer import TrainConfig, run_hash
 from tests.recsys.conftest import Examples
@@ -193,6 +196,30 @@ def test_a_warm_start_is_the_same(rule: str, ran: Ran) -> None:
 def test_the_number_of_processes_is_free_to_change() -> None:
     one, two = (run_hash(LRConfig(), SCHEMAS["plain"], TrainConfig(processes=n), "") for n in (1, 2))
     assert one == two
+
+
+def test_the_ranks_are_told_what_the_caller_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams, settings and a warm start travel through a file and come out equal."""
+    write_examples(tmp_path)
+    fit, valid = streams(tmp_path, "funnel", 100)
+    schema, config = SCHEMAS["funnel"], config_of(processes=2, table_learning_rate=0.1 + 0.2)
+    model = TypeAdapter(ModelConfig).validate_python(MODELS["esmm"][1])
+    warm = WarmStart(tmp_path / "state", {"word": np.array([3, 5]), "only": np.array([], np.int64)}, "hash", 0.7)
+    told: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    monkeypatch.setattr(trainer, "learn", lambda *arguments, **options: told.append((arguments, options)))
+    monkeypatch.setattr(trainer, "outcome", lambda folder, pace: None)
+    monkeypatch.setattr(processes, "_run", lambda job, config, on_step: processes._learn(job, 0))
+    processes.train(model, schema, fit, valid, config, tmp_path / "state", identity="monday", warm=warm)
+    processes.train(model, schema, fit, None, config, tmp_path / "state")
+    assert told[0][0] == (model, schema, fit, valid, config, tmp_path / "state")
+    assert told[1][0] == (model, schema, fit, None, config, tmp_path / "state")
+    first, second = (options for _, options in told)
+    assert (first["identity"], first["device"]) == ("monday", CPU)
+    assert (second["identity"], second["warm"]) == ("", None)
+    found = first["warm"]
+    assert (found.folder, found.new_rows, found.accumulator_decay) == (warm.folder, "hash", 0.7)
+    assert {n: r.tolist() for n, r in found.fresh.items()} == {"word": [3, 5], "only": []}
+    assert all(rows.dtype == np.int64 for rows in found.fresh.values())
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------
