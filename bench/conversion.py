@@ -193,11 +193,15 @@ def coat_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
     everything = run.model_copy(update={"data": run.data.model_copy(update={"where": "random_rating IS NOT NULL"})})
     splits = [f"split={role}" for role in ("train", "valid", "test")]
     random = _rows(everything, fitted, splits, ("liked_at_random",))
-    common = {"bench": "conversion", "data": "coat", "features": fitted.version}
+    common = {"bench": "conversion", "data": "coat", "rows": _rows_hash(run)}
     return [
         _job(f"coat | {name}", run, fitted, model, common, quick, lambda m: coat_figures(m, chosen, random))
         for name, model in METHODS.items()
     ]
+
+
+def _rows_hash(run: Run) -> str:
+    return records.rows_hash(*(run.examples_path(f"split={role}") for role in ("train", "valid")))
 
 
 def census_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
@@ -207,7 +211,7 @@ def census_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
     run = load_config(Run, RUNS / "census.toml", [f'data.path="{data}"', f'output="{folder}"', *epochs])
     fitted = prepare(run, say=lambda _: None)
     test = _rows(run, fitted, ["split=test"], ())
-    common = {"bench": "conversion", "data": "census", "features": fitted.version}
+    common = {"bench": "conversion", "data": "census", "rows": _rows_hash(run)}
     plain = {"name": "multitask", "dim": run.model.model_dump()["dim"], "tower": {"kind": "mlp", "hidden": [16]}}
     jobs = [
         _job(f"census | {name}", run, fitted, {**plain, **model}, common, quick, lambda m: census_figures(m, test))

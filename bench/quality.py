@@ -108,7 +108,7 @@ def _jobs(data: str, work: Path, fields: str, *, quick: bool) -> list[records.Jo
         run = run.model_copy(update={"train": run.train.model_copy(update={"epochs": 1})})
     fitted = prepare(run)
     folder = export(run, fitted, work, share=0.1 if quick else 1.0)
-    common = {"bench": "quality", "fields": fields, "features": fitted.version, "quick": quick}
+    common = {"bench": "quality", "fields": fields, "rows": records.rows_hash(folder), "quick": quick}
     seeds = 1 if quick else SEEDS
     jobs: list[records.Job] = []
     for name, model in MODELS.items():

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from base.storage import read_manifest
+
 FOLDER = Path(__file__).parent / "records"
 CODE = ("base", "features", "recsys")
 """What a result depends on: the commit of a record is the last one that touched these."""
@@ -25,6 +27,17 @@ def commit() -> str:
 def config_hash(config: Mapping[str, Any]) -> str:
     """Key of a configuration."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def rows_hash(*folders: Path) -> str:
+    """What published Parquet files hold, whoever made them: the data part of a configuration's key."""
+    files = [
+        (name, file.sha256)
+        for folder in folders
+        for name, file in sorted(read_manifest(folder.resolve()).files.items())
+        if name.endswith(".parquet")
+    ]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
