@@ -21,18 +21,17 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
 
 from base.config import load_config
 from bench import records
+from bench.quality import predict
 from features.pipeline import FittedPipeline, changed_rows
 from features.readers.synthetic import SyntheticConfig, day_frame
 from features.schema import carried
 from pipelines.config import Run
 from recsys import trainer
-from recsys.bundle import load_model
 from recsys.checkpoint import WarmStart
-from recsys.data import ROW_GROUP, ExampleStream, batches, to_columns
+from recsys.data import ROW_GROUP, ExampleStream
 from recsys.metrics import log_loss, roc_auc
 from recsys.trainer import Trained
 
@@ -134,7 +133,9 @@ def _live(run: Run, log: list[pl.DataFrame], seed: int, daily: dict[str, Any]) -
             if trained is not None and before is not None:
                 warm = WarmStart(trained.state, changed_rows(before, fitted), **daily)
             trained = _pass_over(run, fitted, rows, folder, seed, number, warm)
-            labels, p = _scores(run, fitted, trained, log[number + LAG])
+            later = folder / "later.parquet"
+            _encoded(fitted, log[number + LAG]).write_parquet(later)
+            labels, p = predict(run.model, trained.weights, later, fitted, run)
             aucs.append(roc_auc(labels, p))
             losses.append(log_loss(labels, p))
     settled = slice(min(SETTLED - LAG, len(aucs) // 2), None)
@@ -161,15 +162,6 @@ def _pass_over(
     fit = ExampleStream((path,), schema, run.train.batch_size, shuffle=True, seed=seed + number)
     config = run.train.model_copy(update={"epochs": 1, "seed": seed})
     return trainer.train(run.model, schema, fit, None, config, folder / "training", identity=str(number), warm=warm)
-
-
-def _scores(run: Run, fitted: FittedPipeline, trained: Trained, rows: pl.DataFrame) -> tuple[Any, Any]:
-    schema = run.schema_of(fitted)
-    plain = load_model(run.model, schema, trained.weights, where=trained.state)
-    columns = to_columns(_encoded(fitted, rows), schema, labels=True)
-    with torch.no_grad():
-        parts = [plain.probabilities(plain(batch))[:, 0] for batch in batches(columns, 8192)]
-    return columns.labels_RT[:, 0].numpy(), torch.cat(parts).double().numpy()
 
 
 def _encoded(fitted: FittedPipeline, rows: pl.DataFrame) -> pl.DataFrame:

@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date, timedelta
-from importlib.resources import files
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,12 +24,12 @@ import polars as pl
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking import MlflowClient
 
-from base.config import load_config
 from base.storage import publish, published, read_manifest, resolve
 from features.readers.synthetic import SyntheticConfig, day_frame
 from pipelines.config import Run
 from pipelines.deployment import Deployment
 from pipelines.line import current_line
+from pipelines.production_demo import config_of, run_file
 from pipelines.rollback import rollback
 from pipelines.tracking import registry_of
 
@@ -155,9 +154,8 @@ def main() -> None:
     shutil.rmtree(work, ignore_errors=True)
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     patience = {"RECSYS_RETRY_SECONDS": "5", "RECSYS_PATIENCE": "40", "OMP_NUM_THREADS": "1"}
-    config = work / "deployment" / "run.toml"
-    with Deployment(work / "servers", config=str(config), environment=patience) as servers:
-        production = Production(_run_file(work, servers.mlflow_uri), servers, work / "logs")
+    with Deployment(work / "servers", config=str(config_of(work)), environment=patience) as servers:
+        production = Production(run_file(work, servers.mlflow_uri, _lenient), servers, work / "logs")
         servers.airflow.unpause("features", "training", "full_retrain", "scoring", "backfill")
         _play(production, quick=options.quick)
     table = _table(production.trials)
@@ -343,13 +341,8 @@ def _until(found: Callable[[], T | None], seconds: float = 300) -> T:
     return value
 
 
-def _run_file(work: Path, mlflow: str) -> Run:
-    text = (files("pipelines") / "runs" / "production.toml").read_text(encoding="utf-8")
-    text = text.replace('"runs/production', f'"{work}') + f'\n[mlflow]\nuri = "{mlflow}"\n'
-    text = re.sub(r"\n\[gate\]\n(?:.+\n)+", SETTINGS, text)
-    with publish(work / "deployment", "deployment", overwrite=True) as staging:
-        (staging / "run.toml").write_text(text, encoding="utf-8")
-    return load_config(Run, work / "deployment" / "run.toml")
+def _lenient(text: str) -> str:
+    return re.sub(r"\n\[gate\]\n(?:.+\n)+", SETTINGS, text)
 
 
 def _table(trials: list[Trial]) -> str:

@@ -46,8 +46,8 @@ class FeaturePipeline:
     def __post_init__(self) -> None:
         names = [t.output for t in self.transforms]
         for name in names:
-            if "." in name:
-                raise ConfigError(f"features: {name!r} holds a dot, which tables cannot: give it another name")
+            if taken := [sign for sign in ".@" if sign in name]:
+                raise ConfigError(f"features: {name!r} holds {taken[0]!r}, which tables cannot: give it another name")
             if names.count(name) > 1:
                 raise ConfigError(f"features: two of them are called {name!r}; give one a name of its own")
         if not names:

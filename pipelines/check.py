@@ -3,17 +3,16 @@
 import re
 from collections.abc import Callable, Sequence
 from datetime import date
-from pathlib import Path
 
 import mlflow
 
 from base.errors import DataError
-from base.storage import MANIFEST, dump_json, publish, resolve
+from base.storage import dump_json, publish, resolve
 from pipelines.config import Run
 from pipelines.measure import held_out
 from pipelines.profile import profile_of
 from pipelines.text import findings_table
-from pipelines.tracking import registry_of
+from pipelines.tracking import model_of, registry_of
 from recsys.bundle import Bundle
 from recsys.registry import CHAMPION, ModelRegistry
 from serving.drift import Finding, compare
@@ -33,7 +32,8 @@ def check(
     if model == CHAMPION and registry.champion() is None:
         say(f"model {registry.name!r} has no champion yet: there is nothing to compare with")
         return {}
-    bundle, version, run_id = _chosen(registry, model)
+    bundle, version, run_id = model_of(run, model)
+    run_id = run_id or registry.run_of_training(bundle.version)
     if bundle.profile is None:
         say(f"version {version} keeps no profile of its training rows: train again to compare with them")
         return {}
@@ -54,15 +54,6 @@ def findings_of(run: Run, bundle: Bundle, partition: str) -> list[Finding]:
     if bundle.profile is None:
         return []
     return compare(bundle.profile, profile_of(run, bundle, bundle.profile, partition), run.checks)
-
-
-def _chosen(registry: ModelRegistry, model: str) -> tuple[Bundle, str, str | None]:
-    """The bundle, its name, and its MLflow run, if it has one."""
-    if (Path(model) / MANIFEST).is_file():
-        bundle = Bundle.load(Path(model))
-        return bundle, f"bundle-{bundle.version}", registry.run_of_training(bundle.version)
-    registered = registry.find(model)
-    return registry.bundle_of(registered), registered.version, registered.run_id
 
 
 def _publish(run: Run, partition: str, found: Sequence[Finding], bundle: Bundle, version: str) -> None:

@@ -67,7 +67,7 @@ def _dated(run: Run, line: Line, oldest: date) -> Iterator[Path]:
     folders.append(run.counts_path("day").parent)
     models = run.output / "models"
     folders += [f for model in models.iterdir() for f in model.iterdir()] if models.is_dir() else []
-    folders.append(run.output / "checks")
+    folders.append(run.checks_path("day").parent)
     for folder in folders:
         for target in published(folder):
             day = target.name.removeprefix("day=")

@@ -48,6 +48,7 @@ def feature_verb(function: Callable[..., None]) -> click.Command:
 
 
 def _over_run_file(function: Callable[..., None], *, features_only: bool) -> click.Command:
+    """What `verb` and `feature_verb` have in common; --day and --full make the run that of one day."""
 
     @wraps(function)
     def call(

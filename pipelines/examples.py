@@ -81,6 +81,7 @@ def examples_of(
 
 
 def good_rows(run: FeatureRun, partition: str) -> pl.LazyFrame:
+    """A partition's rows to learn from."""
     return run.source.checked(partition).filter(pl.col(REASON).is_null())
 
 
@@ -128,6 +129,7 @@ def check_rows(run: FeatureRun, pipeline: FeaturePipeline, partition: str) -> di
 
 
 def limit_bad(run: FeatureRun, where: str, bad: int, good: int, reasons: dict[str, int]) -> None:
+    """Raise DataError if more rows are bad than data.max_bad_share allows."""
     if bad > run.data.max_bad_share * (bad + good):
         worst = sorted(reasons.items(), key=lambda item: -item[1])[:5]
         listed = "; ".join(f"{rows} x {reason}" for reason, rows in worst)

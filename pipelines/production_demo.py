@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from datetime import date, timedelta
 from importlib.resources import files
 from pathlib import Path
@@ -31,10 +32,9 @@ def production_demo(output: Path, rows: int, days: int) -> None:
     _say(started, f"the log of {len(history)} days, {rows:,} impressions each; its taste drifts, its ids grow")
     generate(log, history, output / "logs", overwrite=True)
     _say(started, "starting MLflow and Airflow")
-    config = output / "deployment" / "run.toml"
     patience = {"RECSYS_RETRY_SECONDS": "10", "RECSYS_PATIENCE": "3"}
-    with Deployment(output / "servers", config=str(config.absolute()), environment=patience) as deployment:
-        run = _run_file(output, deployment.mlflow_uri)
+    with Deployment(output / "servers", config=str(config_of(output)), environment=patience) as deployment:
+        run = run_file(output, deployment.mlflow_uri)
         print(f"MLflow   {deployment.mlflow_uri}\nAirflow  {deployment.airflow.url}", flush=True)
         airflow = deployment.airflow
         airflow.unpause("features", "training", "full_retrain", "scoring")
@@ -61,14 +61,18 @@ def production_demo(output: Path, rows: int, days: int) -> None:
     print(f"all in {time.perf_counter() - started:.0f} s")
 
 
-def _run_file(output: Path, mlflow: str) -> Run:
-    """The run file of the deployment: the one that ships, with its folders and its MLflow."""
+def run_file(output: Path, mlflow: str, change: Callable[[str], str] = lambda text: text) -> Run:
+    """Publish the run file of a deployment: the one that ships, with its folders, its MLflow and any other `change`."""
     text = (files("pipelines") / "runs" / "production.toml").read_text(encoding="utf-8")
-    here = str(output.absolute())
-    text = text.replace('"runs/production', f'"{here}') + f'\n[mlflow]\nuri = "{mlflow}"\n'
+    text = text.replace('"runs/production', f'"{output.absolute()}') + f'\n[mlflow]\nuri = "{mlflow}"\n'
     with publish(output / "deployment", "deployment", overwrite=True, keep=1) as staging:
-        (staging / "run.toml").write_text(text, encoding="utf-8")
-    return load_config(Run, output / "deployment" / "run.toml")
+        (staging / "run.toml").write_text(change(text), encoding="utf-8")
+    return load_config(Run, config_of(output))
+
+
+def config_of(output: Path) -> Path:
+    """Where `run_file` publishes it."""
+    return output.absolute() / "deployment" / "run.toml"
 
 
 def _finish(deployment: Deployment, dag: str, run_id: str) -> None:

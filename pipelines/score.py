@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from base.storage import MANIFEST, is_published
+from base.storage import is_published
 from pipelines.config import Run
 from pipelines.measure import held_out
-from pipelines.tracking import registry_of
-from recsys.bundle import Bundle
+from pipelines.tracking import model_of
 from recsys.device import pick_device
 from recsys.registry import CHAMPION
 from serving.score import publish_scores
@@ -33,13 +32,7 @@ def score(
             say(f"{name}: scored already")
     if not missing:
         return []
-    if (Path(model) / MANIFEST).is_file():
-        bundle = Bundle.load(Path(model))
-        version = f"bundle-{bundle.version}"
-    else:
-        registry = registry_of(run)
-        registered = registry.find(model)
-        bundle, version = registry.bundle_of(registered), registered.version
+    bundle, version, _ = model_of(run, model)
     bundle = bundle.to(pick_device(run.device))
     published: list[Path] = []
     for name in missing:

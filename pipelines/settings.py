@@ -92,7 +92,7 @@ class FeatureRun(Config):
         try:
             return self.on(date.fromisoformat(partition.removeprefix("day=")))
         except ValueError:
-            return self
+            return self  # the source says what is wrong with the name
 
     @property
     def source(self) -> Source:

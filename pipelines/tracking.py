@@ -8,7 +8,9 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from base.errors import ConfigError
+from base.storage import MANIFEST
 from pipelines.config import Run
+from recsys.bundle import Bundle
 from recsys.registry import ModelRegistry
 
 AIRFLOW_DATABASE = "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"
@@ -25,6 +27,19 @@ def registry_of(run: Run) -> ModelRegistry:
         name=run.mlflow.model,
         reference_above_mb=run.mlflow.reference_above_mb,
     )
+
+
+def model_of(run: Run, model: str) -> tuple[Bundle, str, str | None]:
+    """A bundle by alias, version number or folder; what to call it, and its MLflow run unless it is a folder's.
+
+    Raises RegistryError or ArtefactError if it is not there. A folder needs no MLflow.
+    """
+    if (Path(model) / MANIFEST).is_file():
+        bundle = Bundle.load(Path(model))
+        return bundle, f"bundle-{bundle.version}", None
+    registry = registry_of(run)
+    registered = registry.find(model)
+    return registry.bundle_of(registered), registered.version, registered.run_id
 
 
 def refuse_shared(run: Run, airflow: list[str]) -> None:

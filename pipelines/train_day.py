@@ -50,11 +50,12 @@ def train_day(run: Run, *, on_step: OnStep = lambda _: None, say: Say = print) -
         line = Line(run.output / "lines" / str(bundle.origin.line))
         if run.full and current_line(run) is None:
             adopt(run, line)  # the first: there is nothing that it could be worse than
-    state = line.state_path(run.trained_to)
-    if not is_published(state):
-        return registry.of_training(bundle.version)  # cleaned since: it was registered long ago
-    trained, examples = _read(resolve(state))
-    return register(run, registry, bundle, trained, examples, say)
+        state = line.state_path(run.trained_to)
+        if not is_published(state):
+            return registry.of_training(bundle.version)  # cleaned since: it was registered long ago
+        trained, examples = _read(resolve(state))
+        # Still alone: MLflow lets two processes start a run of one training each.
+        return register(run, registry, bundle, trained, examples, say)
 
 
 def _made(run: Run) -> Bundle | None:
@@ -62,7 +63,7 @@ def _made(run: Run) -> Bundle | None:
     if not is_published(run.bundle_path):
         return None
     bundle, now = Bundle.load(run.bundle_path), run.model_dump(mode="json")
-    decisive = ("data", "features", "derive", "model", "train", "sampling", "calibrate")
+    decisive = ("data", "tables", "features", "derive", "model", "train", "sampling", "calibrate")
     return bundle if all(bundle.settings.get(key) == now[key] for key in decisive) else None
 
 

@@ -252,24 +252,39 @@ def _equal_mass(
 # Between two models
 
 
+def psi(expected_K: ArrayLike, found_K: ArrayLike) -> float:
+    """Population stability index of two counts in the same bins: Σ (q - p) ln(q / p); NaN where one counts nothing.
+
+    Bins that are empty in both are left out. Every other count gets 1/2 more, so that one empty in either is finite:
+    p = (count + 1/2) / (total + bins / 2). Among equals its mean is about (bins - 1)(1/n + 1/m) for n and m rows:
+    few rows look like drift.
+    """
+    p, q = used_bins(expected_K, found_K)
+    if not p.sum() or not q.sum():
+        return math.nan
+    p, q = ((x + 0.5) / (x.sum() + x.size / 2) for x in (p, q))
+    return float(((q - p) * np.log(q / p)).sum())
+
+
+def used_bins(expected_K: ArrayLike, found_K: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Two counts of the same bins without those that are empty in both."""
+    p, q = np.asarray(expected_K, np.float64), np.asarray(found_K, np.float64)
+    used = (p > 0) | (q > 0)
+    return p[used], q[used]
+
+
 def population_stability(reference_N: ArrayLike, scores_M: ArrayLike, bins: int = 20) -> float:
     """The population stability index of scores against those of a reference: 0 is equally distributed.
 
-    The sum over bins of (share - reference share) * log(share / reference share), which is the symmetric
-    Kullback-Leibler divergence. The bins lie between scores that have equal mass between them in the reference, and
-    each such score is a bin of its own, since it may be a common one; every count is one half higher, so that it is
-    finite. nan where either is empty. Raises DataError on NaN scores.
+    The `psi` of bins that lie between scores with equal mass between them in the reference, where each such score is a
+    bin of its own, since it may be a common one. nan where either is empty. Raises DataError on NaN scores.
     """
     r_N, s_M = _scores(reference_N), _scores(scores_M)
     if not r_N.size or not s_M.size:
         return math.nan
     edges = np.unique(np.quantile(r_N, np.linspace(0, 1, bins + 1)[1:-1], method="lower"))
-    shares = []
-    for values in (r_N, s_M):
-        place = np.searchsorted(edges, values, "left") + np.searchsorted(edges, values, "right")
-        count_K = np.bincount(place, minlength=2 * edges.size + 1) + 0.5
-        shares.append(count_K / count_K.sum())
-    return float(((shares[1] - shares[0]) * np.log(shares[1] / shares[0])).sum())
+    places = (np.searchsorted(edges, v, "left") + np.searchsorted(edges, v, "right") for v in (r_N, s_M))
+    return psi(*(np.bincount(place, minlength=2 * edges.size + 1) for place in places))
 
 
 # A whole table

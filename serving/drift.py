@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar, assert_never, cast
 
-import numpy as np
 from pydantic import BeforeValidator, Field, NonNegativeFloat, ValidationError, model_validator
 
 from base.config import Config
 from base.errors import ConfigError, did_you_mean
 from features.profile import IdBins, Profile, Reference
+from recsys.metrics import psi, used_bins
 
 What = Literal["volume", "label_rate", "missing", "unknown", "psi", "score_psi"]
 Verdict = Literal["ok", "warn", "stop"]
@@ -213,31 +213,11 @@ def compare(reference: Reference, found: Profile, checks: Checks) -> list[Findin
     ]
 
 
-def psi(expected: Sequence[int], found: Sequence[int]) -> float:
-    """Population stability index of two counts in the same bins: Σ (q - p) ln(q / p); NaN where one counts nothing.
-
-    Bins that are empty in both are left out. Every other count gets 1/2 more, so that one empty in either is finite:
-    p = (count + 1/2) / (total + bins / 2). Among equals its mean is about (bins - 1)(1/n + 1/m) for n and m rows:
-    few rows look like drift.
-    """
-    p, q = _both(expected, found)
-    if not p.sum() or not q.sum():
-        return math.nan
-    p, q = ((x + 0.5) / (x.sum() + x.size / 2) for x in (p, q))
-    return float(((q - p) * np.log(q / p)).sum())
-
-
 def psi_by_chance(expected: Sequence[int], found: Sequence[int]) -> float:
     """What two samples of one distribution hardly exceed: mean and 4 standard deviations, PSI being nearly χ²."""
-    p, q = _both(expected, found)
+    p, q = used_bins(expected, found)
     freedom = max(p.size - 1, 0)
     return (freedom + _SIGMAS * math.sqrt(2 * freedom)) * (1 / max(p.sum(), 1) + 1 / max(q.sum(), 1))
-
-
-def _both(expected: Sequence[int], found: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    p, q = np.asarray(expected, np.float64), np.asarray(found, np.float64)
-    used = (p > 0) | (q > 0)
-    return p[used], q[used]
 
 
 # Each kind

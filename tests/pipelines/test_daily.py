@@ -1,17 +1,19 @@
 """Days, one after another: features grow, training goes on, the gate decides; in any order, however often repeated."""
 
 import shutil
-from datetime import date, timedelta
+from datetime import date
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import polars as pl
 import pytest
 import torch
 
+import pipelines.train_day
 from base.config import parse_config
 from base.errors import ArtefactError, ConfigError, DataError, Superseded
-from base.storage import is_published, read_manifest, resolve
+from base.storage import exclusive, is_published, published, read_manifest, resolve
 from features.readers.synthetic import SyntheticConfig, day_frame
 from pipelines.check import check
 from pipelines.clean import clean
@@ -276,6 +278,37 @@ def test_labels_that_mature_publish_their_day_again(tmp_path: Path) -> None:
     assert later.on(day(5)).data.observed_until == "2026-03-06"
 
 
+def test_a_training_is_registered_before_another_may_begin(
+    begun: tuple[Path, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, run = begun
+    registered: list[str] = []
+    waiting: list[Thread] = []
+
+    def enter(waits: list[str]) -> None:
+        with exclusive(run.output / "training", waits.append):
+            pass
+
+    def register(now: Run, *_: Any) -> None:
+        waits: list[str] = []
+        other = Thread(target=enter, args=(waits,))
+        other.start()
+        other.join(0.5)
+        assert other.is_alive()
+        assert waits
+        waiting.append(other)
+        registered.append(str(now.key))
+
+    monkeypatch.setattr(pipelines.train_day, "register", register)
+    write(folder, 7)
+    now = run.on(day(7))
+    prepare_day(now, say=quiet)
+    train_day(now, say=quiet)
+    assert registered == ["2026-03-07"]
+    waiting[0].join(10)
+    assert not waiting[0].is_alive()
+
+
 # The gate's days
 
 
@@ -335,17 +368,16 @@ def test_a_full_training_begins_a_line_that_is_followed_once_it_is_promoted(begu
     prepare_day(full, say=quiet)
     train_day(full, say=quiet)
     assert current_line(run) == Line(run.output / "lines/2026-03-04")
-    verdict = promote(full)
-    if verdict.promoted:
-        assert current_line(run) == Line(run.output / "lines/2026-03-06")
-        write(folder, 7)
-        now = live(run, 7)
-        assert Bundle.load(now.bundle_path).origin.line == "2026-03-06"
-        assert line_of(now).days("features") == [day(n) for n in (4, 5, 6, 7)]
-        rollback(run, say=quiet)
-        assert current_line(run) == Line(run.output / "lines/2026-03-04")
-    else:
-        assert current_line(run) == Line(run.output / "lines/2026-03-04")
+    lenient = {"margins": {"auc": 1, "log_loss": 9, "normalized_entropy": 9, "calibration": 9}, "max_psi": 99}
+    far = {"suspicious_auc_gain": 1, "suspicious_entropy_gain": 9, "max_normalized_entropy": 9, "calibration": [0, 99]}
+    assert promote(run_of(folder, gate=lenient | far).on(day(6), full=True)).promoted
+    assert current_line(run) == Line(run.output / "lines/2026-03-06")
+    write(folder, 7)
+    now = live(run, 7)
+    assert Bundle.load(now.bundle_path).origin.line == "2026-03-06"
+    assert line_of(now).days("features") == [day(n) for n in (4, 5, 6, 7)]
+    rollback(run, say=quiet)
+    assert current_line(run) == Line(run.output / "lines/2026-03-04")
 
 
 def test_days_before_a_line_or_without_one_are_refused(begun: tuple[Path, Run], tmp_path: Path) -> None:
@@ -512,6 +544,5 @@ def test_a_bundle_that_is_referred_to_outlives_its_day(tmp_path: Path) -> None:
     champion = registry_of(run).champion()
     assert champion is not None
     registry_of(run).bundle_of(champion).check_golden()
-    kept = {date.fromisoformat(p.name[4:]) for p in (run.output / "models/fm/bundles").glob("day=*")}
-    assert day(5) not in kept
-    assert timedelta(days=2) >= max(kept) - day(7)
+    assert is_published(run.on(FIRST, full=True).bundle_path)
+    assert [p.name for p in published(run.output / "models/fm/bundles")] == ["day=2026-03-07", "day=2026-03-08"]
