@@ -15,6 +15,7 @@ from recsys.device import DeviceName
 from recsys.gate import Gates
 from recsys.models import ModelConfig
 from recsys.models.funnel import FunnelConfig, require_funnel
+from recsys.sparsity.config import Sparsity
 from recsys.trainer import TrainConfig
 from serving.drift import Checks
 
@@ -94,6 +95,8 @@ class Run(FeatureRun):
 
     model: ModelConfig
     train: TrainConfig = TrainConfig()
+    sparsity: Sparsity | None = None
+    """Tables of which only a share of the weights exists; by default they are dense."""
     sampling: Sampling = Sampling()
     calibrate: Calibration | None = None
     device: DeviceName = "auto"
@@ -112,6 +115,15 @@ class Run(FeatureRun):
             raise ConfigError(
                 f"sampling.negative_rate = {self.sampling.negative_rate}: scores can be corrected for one label, or "
                 f"for a funnel of all of them; data.labels are {list(labels)}, data.funnel is {list(funnel)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sparsity_fits(self) -> Self:
+        if self.sparsity is not None and self.train.processes > 1:
+            raise ConfigError(
+                f"train.processes = {self.train.processes}: sparse tables are trained by one process; set it to 1, or "
+                "leave [sparsity] out"
             )
         return self
 

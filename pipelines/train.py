@@ -82,6 +82,7 @@ def fit_window(
         run.train,
         run.folder / "training",
         device=pick_device(run.device),
+        sparsity=run.sparsity,
         identity=hashlib.sha256(dump_json({p: f.name for p, f in folders.items()})).hexdigest(),
         on_step=on_step,
     )
@@ -115,7 +116,8 @@ def make_bundle(
 ) -> Bundle:
     """Calibrate, take golden rows, publish. Where training had no validation rows, they are measured here."""
     schema = run.schema_of(fitted)
-    model = load_model(run.model, schema, trained.weights, where=run.folder / "training")
+    where = run.folder / "training"
+    model = load_model(run.model, schema, trained.weights, where=where, sparsity=run.sparsity)
     bundle = Bundle(
         model=model,
         model_config=run.model,
@@ -125,6 +127,7 @@ def make_bundle(
         metrics={"best_epoch": trained.best_epoch, "history": trained.history, "curve": trained.curve},
         golden=pl.DataFrame(),
         origin=origin,
+        sparsity=run.sparsity,
     )
     if trained.history and "objective" not in trained.history[-1]:
         found = evaluate(scored_table(run, bundle, run.source.partitions("valid")), bundle.outputs)
@@ -168,7 +171,11 @@ def _log(
 ) -> None:
     """Parameters, metrics per epoch, the resolved configuration, and which data it was."""
     settings = run.model_dump(mode="json")
-    parameters = {f"{part}.{key}": value for part in ("model", "train") for key, value in settings[part].items()}
+    parameters = {
+        f"{part}.{key}": value
+        for part in ("model", "train", "sparsity")
+        for key, value in (settings[part] or {}).items()
+    }
     mlflow.log_params({key: str(value)[:500] for key, value in parameters.items()})
     for entry in history:
         mlflow.log_metrics({k: v for k, v in entry.items() if k != "epoch"}, step=int(entry["epoch"]))

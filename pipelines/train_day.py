@@ -63,7 +63,7 @@ def _made(run: Run) -> Bundle | None:
     if not is_published(run.bundle_path):
         return None
     bundle, now = Bundle.load(run.bundle_path), run.model_dump(mode="json")
-    decisive = ("data", "tables", "features", "derive", "model", "train", "sampling", "calibrate")
+    decisive = ("data", "tables", "features", "derive", "model", "train", "sparsity", "sampling", "calibrate")
     return bundle if all(bundle.settings.get(key) == now[key] for key in decisive) else None
 
 
@@ -107,6 +107,8 @@ def _full(run: Run, line: Line, on_step: OnStep, say: Say) -> Path:
         for p in (*run.source.partitions("train"), *run.source.partitions("valid"))
     ]
     decides = {"model": run.model.model_dump(mode="json"), "train": run.train.model_dump(mode="json")}
+    if run.sparsity is not None:
+        decides["sparsity"] = run.sparsity.model_dump(mode="json")
     identity = _hash({**decides, "examples": folders, "sampling": run.sampling.negative_rate})
     if is_published(target) and verify(resolve(target, "state")).about["identity"] == identity:
         say(f"{run.key}: trained already")
@@ -168,6 +170,7 @@ def _pass_over(run: Run, line: Line, day: date, on_step: OnStep, say: Say) -> No
         device=pick_device(run.device),
         identity=identity,
         warm=warm,
+        sparsity=run.sparsity,
         on_step=on_step,
     )
     _keep(run, line, day, trained, identity, {partition: read_manifest(example).about}, say)

@@ -23,6 +23,8 @@ from recsys.calibration import Calibrator, calibrated
 from recsys.data import IdCount, IdPolicy, batches, to_columns
 from recsys.device import CPU
 from recsys.models import Model, ModelConfig, build_model
+from recsys.sparsity.config import Sparsity
+from recsys.sparsity.tables import SparseTables
 from recsys.tensors import load_tensors, save_tensors
 
 KIND = "bundle"
@@ -31,6 +33,7 @@ _CALIBRATORS: TypeAdapter[dict[str, Calibrator]] = TypeAdapter(dict[str, Calibra
 _ROWS = "golden.parquet"
 _CALIBRATION = "calibration.json"
 _PROFILE = "profile.json"
+_SPARSITY = "sparsity.json"
 _GOLDEN_TOLERANCE = 1e-6
 
 
@@ -70,6 +73,8 @@ class Bundle:
     profile: Reference | None = None
     """What the rows looked like that it was trained on, and held-out ones: what later days are compared with."""
     origin: Origin = NOWHERE
+    sparsity: Sparsity | None = None
+    """Of its tables; None if they are dense."""
     version: str = ""
     """Content hash of the stored bundle; empty before it is saved."""
     device: torch.device = CPU
@@ -149,6 +154,8 @@ class Bundle:
         }
         if self.calibrators:
             about["calibration"] = {name: c.model_dump(mode="json") for name, c in self.calibrators.items()}
+        if self.sparsity is not None:
+            about["sparsity"] = self.sparsity.model_dump(mode="json")
         if self.profile is not None:
             about["profile"] = self.profile.model_dump(mode="json")
         for name, value in about.items():
@@ -175,7 +182,9 @@ class Bundle:
                 f"{folder / 'schema.json'}: does not describe the stored features; take both from one run"
             )
         config = _json(folder / "model.json", _MODEL.validate_python)
-        model = load_model(config, schema, load_tensors(folder / "weights"), where=folder / "weights")
+        sparsity = _json(folder / _SPARSITY, Sparsity.model_validate) if _SPARSITY in manifest.files else None
+        weights = load_tensors(folder / "weights")
+        model = load_model(config, schema, weights, where=folder / "weights", sparsity=sparsity)
         return cls(
             model=model,
             model_config=config,
@@ -187,14 +196,28 @@ class Bundle:
             origin=_json(folder / "origin.json", Origin.model_validate),
             calibrators=_calibrators(folder) if _CALIBRATION in manifest.files else {},
             profile=_json(folder / _PROFILE, Reference.model_validate) if _PROFILE in manifest.files else None,
+            sparsity=sparsity,
             version=manifest.version,
         )
 
 
-def load_model(config: ModelConfig, schema: Schema, weights: Mapping[str, Tensor], *, where: Path) -> Model:
+def load_model(
+    config: ModelConfig,
+    schema: Schema,
+    weights: Mapping[str, Tensor],
+    *,
+    where: Path,
+    sparsity: Sparsity | None = None,
+) -> Model:
     """A plain, unsharded model with these weights. Raises ArtefactError if they are not exactly the model's."""
-    model = build_model(config, schema, table_device="meta")
+    model = build_model(config, schema, table_device="meta", sparsity=sparsity)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    for module, tables in model.named_modules():
+        if isinstance(tables, SparseTables):  # how many rows have how many weights, the weights say
+            mine = {name: t for name, t in weights.items() if name.startswith(f"{module}.")}
+            tables.adopt({name.removeprefix(f"{module}."): t for name, t in mine.items()}, where)
+            weights = {name: t for name, t in weights.items() if name not in mine}
+            expected = {name: shape for name, shape in expected.items() if not name.startswith(f"{module}.")}
     found = {name: tuple(t.shape) for name, t in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):

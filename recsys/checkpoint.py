@@ -32,7 +32,9 @@ from base.storage import (
 )
 from features.schema import NewRows
 from recsys.distributed import Sharded, Table, agree, to_first
-from recsys.embeddings import feature_of, normal_rows
+from recsys.draws import normal_rows
+from recsys.embeddings import feature_of
+from recsys.sparsity.config import Sparsity
 from recsys.tensors import load_tensors, save_tensors
 
 TABLE = "embed.tables.embedding_bags.{}.weight"
@@ -63,6 +65,7 @@ class Position(Config):
     best_epoch: int = 0
     """Counted from 1."""
     finished: bool = False
+    sparsity: Sparsity | None = None
 
     def after_step(self, loss: float, per_epoch: int) -> "Position":
         """One batch further."""
@@ -77,7 +80,8 @@ class Position(Config):
 def weights(sharded: Sharded) -> dict[str, Tensor]:
     """This rank's tables and all other weights, under the plain model's names."""
     tables = {TABLE.format(name): table.weights_RD for name, table in sharded.tables.items()}
-    return tables | {name: parameter.detach() for name, parameter in sharded.dense.items()}
+    sparse = {f"{module}.{n}": t for module, part in sharded.sparse.items() for n, t in part.tensors().items()}
+    return tables | sparse | {name: parameter.detach() for name, parameter in sharded.dense.items()}
 
 
 def save_best(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimizer) -> str:
@@ -130,12 +134,19 @@ def stands_at(folder: Path) -> Position:
     return Position.model_validate(read_manifest(resolve(folder / "checkpoint", "checkpoint")).about)
 
 
-def restore(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and optimizer states back. Raises ArtefactError if a tensor is missing or of another shape."""
+def restore(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimizer, *, accumulator: float) -> None:
+    """Put weights, masks and optimizer states back. Raises ArtefactError if a tensor is missing or of another shape."""
     stored = resolve(folder / "checkpoint", "checkpoint")
     with torch.no_grad():
-        for part, target in (("weights", weights(sharded)), ("table_states", _table_states(sharded))):
-            _copy(load_tensors(stored / part, target), target, stored)
+        if sharded.sparse:
+            found, states = load_tensors(stored / "weights"), load_tensors(stored / "table_states")
+            _copy(found, {n: p.detach() for n, p in sharded.dense.items()}, stored)
+            for module, tables in sharded.sparse.items():
+                tables.resume(_under(module, found), _under(module, states), accumulator, stored)
+                tables.watch(_under(module, load_tensors(stored / "watched")))
+        else:
+            for part, target in (("weights", weights(sharded)), ("table_states", _table_states(sharded))):
+                _copy(load_tensors(stored / part, target), target, stored)
     _restore_dense(stored, sharded, optimizer)
 
 
@@ -160,9 +171,20 @@ def start_from(
     A row that is not fresh keeps its bits. A fresh one begins at the mean of the carried rows, or at a normal draw that
     follows from the seed, its table and its number; its Adagrad sum begins at `accumulator`.
     """
-    stored = load_tensors(warm.folder / "weights", weights(sharded))
-    states = load_tensors(warm.folder / "table_states", sharded.tables)
+    stored = load_tensors(warm.folder / "weights", None if sharded.sparse else weights(sharded))
+    states = load_tensors(warm.folder / "table_states", None if sharded.sparse else sharded.tables)
     with torch.no_grad():
+        for module, tables in sharded.sparse.items():
+            tables.carry(
+                _under(module, stored),
+                _under(module, states),
+                [torch.tensor(warm.fresh[feature_of(t.name)]) for t in tables.tables],
+                warm.folder,
+                rule=warm.new_rows,
+                seed=seed,
+                accumulator=accumulator,
+                decay=warm.accumulator_decay,
+            )
         _copy(stored, {n: p.detach() for n, p in sharded.dense.items()}, warm.folder)
         for name, table in sharded.tables.items():
             before_RD, sums_R = stored.get(TABLE.format(name)), states.get(name)
@@ -237,7 +259,13 @@ def _wholes(sharded: Sharded) -> tuple[_Whole, _Whole]:
 
 
 def _table_states(sharded: Sharded) -> dict[str, Tensor]:
-    return {name: table.state_R for name, table in sharded.tables.items()}
+    sparse = {f"{module}.{n}": t for module, part in sharded.sparse.items() for n, t in part.states().items()}
+    return sparse | {name: table.state_R for name, table in sharded.tables.items()}
+
+
+def _under(module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of one module, by their names in it."""
+    return {n.removeprefix(f"{module}."): t for n, t in tensors.items() if n.startswith(f"{module}.")}
 
 
 def _give(sharded: Sharded) -> None:
@@ -250,6 +278,9 @@ def _write(staging: Staging, sharded: Sharded, optimizer: torch.optim.Optimizer)
     for part, whole in zip(("weights", "table_states"), _wholes(sharded), strict=True):
         save_tensors(staging, part, whole)
     save_tensors(staging, "dense_states", _dense_states(sharded, optimizer))
+    if sharded.sparse:
+        watched = {f"{m}.{n}": t for m, part in sharded.sparse.items() for n, t in part.watched().items()}
+        save_tensors(staging, "watched", watched)
 
 
 def _restore_dense(stored: Path, sharded: Sharded, optimizer: torch.optim.Optimizer) -> None:

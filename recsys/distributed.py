@@ -11,7 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
-from torchrec import EmbeddingBagConfig
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import get_default_sharders
@@ -33,6 +33,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from base.errors import ConfigError, SetupError
 from recsys.batch import part_of
 from recsys.embeddings import Embeddings, reset_table
+from recsys.sparsity.tables import SparseTables
 
 # Shape suffixes: R = rows of a table, D = embedding dimension, B = batch, P = a rank's part of it, X = anything.
 
@@ -65,7 +66,7 @@ class Place:
 class Sharded:
     """A model ready to train."""
 
-    module: DistributedModelParallel
+    module: nn.Module
     tables: dict[str, Table]
     """By feature name; those that lie on this rank."""
     dense: dict[str, nn.Parameter]
@@ -74,9 +75,15 @@ class Sharded:
     """By feature name: how widely its table is initialised."""
     places: dict[str, Place]
     """By feature name; the tables of all ranks."""
+    sparse: dict[str, SparseTables] = field(default_factory=dict[str, SparseTables])
+    """By the name of the module; then there are no others."""
 
     def set_table_learning_rate(self, value: float) -> None:
         """Takes effect from the next backward pass on."""
+        for tables in self.sparse.values():
+            tables.set_learning_rate(value)
+        if not isinstance(self.module, DistributedModelParallel):
+            return
         optimizer = self.module.fused_optimizer
         groups: Any = optimizer.param_groups
         for group in groups:
@@ -103,8 +110,11 @@ def shard(model: nn.Module, device: torch.device, adagrad: Mapping[str, float], 
     planner finds no room.
     """
     join_process_group(device)
+    if sparse := {name: m for name, m in model.named_modules() if isinstance(m, SparseTables)}:
+        return _whole_model(model, sparse, device, adagrad)
     collections = [m for m in model.modules() if isinstance(m, Embeddings)]
     for collection in collections:
+        assert isinstance(collection.tables, EmbeddingBagCollection)
         parameters = collection.tables.parameters()
         apply_optimizer_in_backward(RowWiseAdagrad, parameters, dict(adagrad))
     constraints = {
@@ -114,7 +124,12 @@ def shard(model: nn.Module, device: torch.device, adagrad: Mapping[str, float], 
         for collection in collections
         for name in collection.table_names
     }
-    tables = [table for collection in collections for table in collection.tables.embedding_bag_configs()]
+    tables = [
+        table
+        for collection in collections
+        if isinstance(collection.tables, EmbeddingBagCollection)
+        for table in collection.tables.embedding_bag_configs()
+    ]
     world = dist.get_world_size()
     if world > len(constraints):
         raise ConfigError(
@@ -138,11 +153,31 @@ def shard(model: nn.Module, device: torch.device, adagrad: Mapping[str, float], 
     return Sharded(module, _tables(module), _dense(module), init_std, _places(plan, tables))
 
 
-def reset_tables(sharded: Sharded, seed: int, accumulator: float = 0.0) -> None:
+def _whole_model(
+    model: nn.Module, sparse: dict[str, SparseTables], device: torch.device, adagrad: Mapping[str, float]
+) -> Sharded:
+    """A model with sparse tables: they update themselves, and lie whole in the only process."""
+    if dist.get_world_size() > 1:
+        raise ConfigError(
+            f"train.processes = {dist.get_world_size()}: sparse tables are trained by one process; set it to 1, or "
+            "leave [sparsity] out"
+        )
+    model.to(device)
+    for tables in sparse.values():
+        tables.prepare(adagrad, device)
+    prefixes = tuple(f"{name}." for name in sparse)
+    dense = {n: p for n, p in model.named_parameters() if not n.startswith(prefixes)}
+    return Sharded(model, {}, dense, {}, {}, sparse)
+
+
+def reset_tables(sharded: Sharded, seed: int, accumulator: float = 0.0, counts: Sequence[Tensor] | None = None) -> None:
     """Initialise every table from its name and `seed`: independent of sharding and of the other tables.
 
-    `accumulator` is what Adagrad's sum of squared gradients begins at.
+    `accumulator` is what Adagrad's sum of squared gradients begins at. `counts`: of each sparse feature, how often each
+    row is looked up in training, for sparse tables that are shared out by it.
     """
+    for tables in sharded.sparse.values():
+        tables.begin(seed, accumulator, counts)
     for name, table in sharded.tables.items():
         generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
         reset_table(table.weights_RD, sharded.init_std[name], generator)

@@ -1,16 +1,17 @@
 """One vector per field: table rows for ids, a scaled vector for numbers."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, PoolingType
 
-from base.errors import ConfigError
-from features.schema import Schema
+from base.errors import ConfigError, did_you_mean
+from features.schema import Schema, Sparse
 from recsys.batch import Batch
+from recsys.sparsity.config import Sparsity
+from recsys.sparsity.tables import SparseTable, SparseTables
 
 # Shape suffixes: B = batch, F = fields (sparse, then dense), S = sparse, N = dense fields, D = embedding dimension,
 # C = copies.
@@ -19,50 +20,70 @@ WIDTH_UNIT = 4
 """fbgemm's rows are multiples of four floats."""
 
 
+@dataclass(frozen=True)
+class TableKind:
+    """What tables are made of."""
+
+    device: torch.device
+    """With the meta device they take no memory until they are sharded or loaded."""
+    sparsity: Sparsity | None = None
+    """None for dense ones."""
+
+
 class Embeddings(nn.Module):
     """embedding_BFD of a batch, fields in the schema's order.
 
     Initially normal with `init_std`: at 0.01 AutoInt learned slower (synthetic log, 2 epochs: AUC .675, not .710).
     Ids: the mean of the rows in a bag, 0 for an empty one (AutoInt, equations 2 and 3). Numbers: v_m x_m (equation 4).
     `copies` names independent sets of tables for tasks that share nothing; `separate` gives one embedding for each.
+    With `padded` any `dim` will do: what dense tables have more, nothing reads.
     """
 
     def __init__(
         self,
         schema: Schema,
         dim: int,
-        table_device: torch.device,
+        tables: TableKind,
         init_std: float = 0.1,
         copies: Sequence[str] = ("",),
+        *,
+        padded: bool = False,
     ) -> None:
         super().__init__()
-        if dim % WIDTH_UNIT:
+        if dim % WIDTH_UNIT and not padded:
             raise ConfigError(f"model.dim = {dim}: fbgemm needs a multiple of {WIDTH_UNIT}; try {-(-dim // 4) * 4}")
         if not schema.sparse:
             raise ConfigError(
                 "features: none gives ids; add a vocabulary, hash, cross, boundaries or quantiles feature"
             )
-        self.dim = dim
         self.init_std = init_std
         self.copies = len(copies)
-        tables = [(f, f"{f.name}@{copy}" if copy else f.name) for copy in copies for f in schema.sparse]
-        self.table_names = [table for _, table in tables]
+        named = [(f, f"{f.name}@{copy}" if copy else f.name) for copy in copies for f in schema.sparse]
+        self.table_names = [table for _, table in named]
         # TorchRec names the embedding of a feature that several tables share `feature@table`.
-        self.names = [f"{f.name}@{table}" if len(copies) > 1 else f.name for f, table in tables]
-        self.tables = EmbeddingBagCollection(
-            tables=[
-                EmbeddingBagConfig(
-                    name=table,
-                    feature_names=[f.name],
-                    num_embeddings=f.rows,
-                    embedding_dim=dim,
-                    pooling=PoolingType.MEAN,
-                )
-                for f, table in tables
-            ],
-            device=table_device,
-        )
-        self.numeric_ND = nn.Parameter(torch.randn(self.copies * len(schema.dense), dim) * init_std)
+        self.names = [f"{f.name}@{table}" if len(copies) > 1 else f.name for f, table in named]
+        self.tables: EmbeddingBagCollection | SparseTables
+        if tables.sparsity is None:
+            self.dim = -(-dim // WIDTH_UNIT) * WIDTH_UNIT
+            self.tables = EmbeddingBagCollection(
+                tables=[
+                    EmbeddingBagConfig(
+                        name=table,
+                        feature_names=[f.name],
+                        num_embeddings=f.rows,
+                        embedding_dim=self.dim,
+                        pooling=PoolingType.MEAN,
+                    )
+                    for f, table in named
+                ],
+                device=tables.device,
+            )
+        else:
+            self.dim = dim
+            self.tables = SparseTables(
+                _sparse_tables(schema, named, tables.sparsity), dim, tables.sparsity, tables.device, init_std
+            )
+        self.numeric_ND = nn.Parameter(torch.randn(self.copies * len(schema.dense), self.dim) * init_std)
         """One copy after the other."""
 
     def forward(self, batch: Batch) -> Tensor:
@@ -70,10 +91,22 @@ class Embeddings(nn.Module):
 
     def separate(self, batch: Batch) -> Tensor:
         """embedding_BCFD: one per copy."""
-        pooled_BCSD = in_order(self.tables(batch.sparse), self.names, self.dim).unflatten(1, (self.copies, -1))
+        pooled = self.tables(batch.sparse)
+        pooled_BSD = pooled if isinstance(pooled, Tensor) else in_order(pooled, self.names, self.dim)
+        pooled_BCSD = pooled_BSD.unflatten(1, (self.copies, -1))
         vectors_CND = self.numeric_ND.view(self.copies, batch.dense_BN.shape[1], self.dim)
         numbers_BCND = batch.dense_BN[:, None, :, None] * vectors_CND
         return torch.cat([pooled_BCSD, numbers_BCND], dim=2)
+
+
+def _sparse_tables(schema: Schema, named: Sequence[tuple[Sparse, str]], sparsity: Sparsity) -> list[SparseTable]:
+    order = [f.name for f in schema.sparse]
+    for name in sparsity.features or ():
+        if name not in order:
+            hint = did_you_mean(name, order, f"; they are {', '.join(order)}")
+            raise ConfigError(f"sparsity.features: {name!r} is no feature with a table{hint}")
+    chosen = set(order if sparsity.features is None else sparsity.features)
+    return [SparseTable(table, order.index(f.name), f.rows, f.multi, f.name in chosen) for f, table in named]
 
 
 def in_order(pooled: KeyedTensor, names: list[str], dim: int) -> Tensor:
@@ -94,20 +127,3 @@ def reset_table(weights_RD: Tensor, std: float, generator: torch.Generator) -> N
 def feature_of(table: str) -> str:
     """The feature whose rows a table holds; copies are called `feature@copy`."""
     return table.partition("@")[0]
-
-
-def normal_rows(rows_K: Tensor, dim: int, seed: int) -> Tensor:
-    """Standard normal values_KD that follow from each row's number alone, however many rows there are."""
-    cells_KD = rows_K.numpy().astype(np.uint64)[:, None] * np.uint64(dim) + np.arange(dim, dtype=np.uint64)
-    first_KD, second_KD = (_uniform(cells_KD * np.uint64(2) + np.uint64(i), seed) for i in (0, 1))
-    return torch.from_numpy(np.sqrt(-2 * np.log(first_KD)) * np.cos(2 * np.pi * second_KD))  # Box and Muller 1958
-
-
-def _uniform(counter: NDArray[np.uint64], seed: int) -> NDArray[np.float64]:
-    """In (0, 1]: SplitMix64 (Steele et al., OOPSLA 2014) of a counter."""
-    with np.errstate(over="ignore"):
-        z = (counter + np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    return ((z >> np.uint64(11)).astype(np.float64) + 1) * 2.0**-53

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from base.config import Config
 from base.errors import ConfigError, did_you_mean
 from features.schema import Schema
-from recsys.embeddings import Embeddings
+from recsys.embeddings import Embeddings, TableKind
 from recsys.experts import Experts, ExpertsConfig
 from recsys.interacting import Interacting, Variant
 from recsys.layers import MLP
@@ -67,10 +67,10 @@ class NetworkConfig(Config):
         return self
 
 
-def embeddings(config: NetworkConfig, schema: Schema, names: Sequence[str], table_device: torch.device) -> Embeddings:
+def embeddings(config: NetworkConfig, schema: Schema, names: Sequence[str], tables: TableKind) -> Embeddings:
     """One set of tables for all towers, or one for each."""
     copies = ("",) if config.shared_embeddings else tuple(names)
-    return Embeddings(schema, config.dim, table_device, copies=copies)
+    return Embeddings(schema, config.dim, tables, copies=copies)
 
 
 class Network(nn.Module):

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from base.config import Config
-from base.errors import SetupError, UserError
+from base.errors import ConfigError, SetupError, UserError
 from base.storage import dump_json, publish, resolve
 from features.schema import NewRows, Schema
 from recsys import checkpoint, trainer
@@ -31,6 +31,7 @@ from recsys.checkpoint import WarmStart
 from recsys.data import ExampleStream
 from recsys.device import CPU
 from recsys.models import ModelConfig
+from recsys.sparsity.config import Sparsity
 from recsys.tensors import load_tensors, save_tensors
 from recsys.trainer import Pace, Progress, TrainConfig, Trained
 
@@ -77,6 +78,7 @@ def train(
     device: torch.device = CPU,
     identity: str = "",
     warm: WarmStart | None = None,
+    sparsity: Sparsity | None = None,
     on_step: Callable[[Progress], None] = lambda _: None,
 ) -> Trained:
     """`trainer.train` on as many processes as `config` says.
@@ -86,7 +88,13 @@ def train(
     """
     if config.processes == 1:
         arguments = (model_config, schema, fit, valid, config, folder)
-        return trainer.train(*arguments, device=device, identity=identity, warm=warm, on_step=on_step)
+        options: Any = {"device": device, "identity": identity, "warm": warm, "sparsity": sparsity}
+        return trainer.train(*arguments, **options, on_step=on_step)
+    if sparsity is not None:
+        raise ConfigError(
+            f"train.processes = {config.processes}: sparse tables are trained by one process; set it to 1, or leave "
+            "[sparsity] out"
+        )
     if device.type == "cuda" and torch.cuda.device_count() < config.processes:
         raise SetupError(
             f"train.processes = {config.processes}: torch sees {torch.cuda.device_count()} CUDA devices, and each "

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import polars as pl
@@ -27,6 +27,8 @@ from recsys.device import CPU
 from recsys.distributed import Sharded, agree, join_process_group, reset_tables, shard, whole_batch
 from recsys.metrics import evaluate, headline
 from recsys.models import Model, ModelConfig, build_model
+from recsys.sparsity.config import Sparsity
+from recsys.sparsity.schedule import Mover
 from recsys.tensors import load_tensors
 
 
@@ -115,6 +117,7 @@ def train(
     device: torch.device = CPU,
     identity: str = "",
     warm: WarmStart | None = None,
+    sparsity: Sparsity | None = None,
     on_step: Callable[[Progress], None] = lambda _: None,
 ) -> Trained:
     """Train on `fit`, measure on `valid` after every epoch, return the best weights; without `valid`, the last.
@@ -125,7 +128,8 @@ def train(
     not one of `config.processes` (`recsys.processes` makes one).
     """
     arguments = (model_config, schema, fit, valid, config, folder)
-    return outcome(folder, learn(*arguments, device=device, identity=identity, warm=warm, on_step=on_step))
+    options: Any = {"device": device, "identity": identity, "warm": warm, "sparsity": sparsity, "on_step": on_step}
+    return outcome(folder, learn(*arguments, **options))
 
 
 def outcome(folder: Path, pace: Pace) -> Trained:
@@ -149,13 +153,14 @@ def learn(
     device: torch.device = CPU,
     identity: str = "",
     warm: WarmStart | None = None,
+    sparsity: Sparsity | None = None,
     on_step: Callable[[Progress], None] = lambda _: None,
 ) -> Pace:
     """`train`, the outcome left in `folder`: what each rank of a process group does, all with the same arguments."""
     if not fit.rows() or (valid is not None and not valid.rows()):
         held_out = "" if valid is None else f" and {valid.rows()} validation rows"
         raise DataError(f"{fit.rows()} training{held_out}: there must be some; prepare again")
-    run = run_hash(model_config, schema, config, identity)
+    run = run_hash(model_config, schema, config, identity, sparsity)
     join_process_group(device)
     rank, world = dist.get_rank(), dist.get_world_size()
     if world != config.processes:
@@ -165,18 +170,23 @@ def learn(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    model = build_model(model_config, schema, table_device="meta")
+    model = build_model(model_config, schema, table_device="meta", sparsity=sparsity)
     adagrad = {"lr": config.table_learning_rate, "eps": config.table_eps}
     sharded = shard(model, device, adagrad, batch_size=config.batch_size)
     optimizer = torch.optim.Adam(sharded.dense.values(), config.learning_rate, weight_decay=config.weight_decay)
     at = _agreed(checkpoint.position_of(folder) if rank == 0 else None)
+    refuse_other_density(at, run, sparsity)
+    counts = fit.row_counts() if sparsity else None
     if at is None or at.run != run:
-        reset_tables(sharded, config.seed, config.table_accumulator)
+        reset_tables(sharded, config.seed, config.table_accumulator, counts)
         if warm is not None:
             checkpoint.start_from(warm, sharded, optimizer, seed=config.seed, accumulator=config.table_accumulator)
-        at = Position(run=run)
+        at = Position(run=run, sparsity=sparsity)
     else:
-        checkpoint.restore(folder, sharded, optimizer)
+        checkpoint.restore(folder, sharded, optimizer, accumulator=config.table_accumulator)
+    mover = Mover(
+        list(sharded.sparse.values()), config.epochs * fit.batches_per_epoch(0), config.seed, warm=warm is not None
+    )
     resumed_at, seen, started = at.step, 0, time.perf_counter()
     while not at.finished:
         per_epoch = fit.batches_per_epoch(at.epoch)
@@ -186,6 +196,7 @@ def learn(
         for batch, rows in zip(fit.epoch(at.epoch, start=at.batch), sizes, strict=True):
             # Dropout follows from the step, so resuming repeats it.
             torch.manual_seed(hash((config.seed, at.step, rank) if rank else (config.seed, at.step)))
+            mover.before_step(at.step)
             logits_BL, labels_BT = _whole(sharded.module, batch.to(device), rows, world)
             loss = model.loss(logits_BL, labels_BT)
             optimizer.zero_grad()
@@ -196,6 +207,7 @@ def learn(
                 raise DataError(
                     f"the loss became {value} at step {at.step}: lower train.table_learning_rate or learning_rate"
                 )
+            mover.after_step(at.step)
             at = at.after_step(value, per_epoch)
             seen += rows
             on_step(_progress(at, config, per_epoch, seen, resumed_at, time.perf_counter() - started, value))
@@ -308,7 +320,21 @@ def _progress(
     return Progress(at.epoch + 1, config.epochs, at.step, total, seen / elapsed, eta, loss)
 
 
-def run_hash(model: ModelConfig, schema: Schema, config: TrainConfig, identity: str) -> str:
+def refuse_other_density(at: Position | None, run: str, sparsity: Sparsity | None) -> None:
+    """Raises ConfigError if an unfinished training has begun with other sparsity."""
+    if at is None or at.run == run or at.finished or at.sparsity == sparsity:
+        return
+    before, now = (f"density {s.density:g}" if s else "dense tables" for s in (at.sparsity, sparsity))
+    what = f"{before}, this run has {now}" if before != now else f"{at.sparsity!r}, this run has {sparsity!r}"
+    raise ConfigError(
+        f"[sparsity]: the training that stands at step {at.step} has {what}; set it back to go on with that one, or "
+        "remove its checkpoint to begin anew"
+    )
+
+
+def run_hash(
+    model: ModelConfig, schema: Schema, config: TrainConfig, identity: str, sparsity: Sparsity | None = None
+) -> str:
     """Of everything that decides the outcome; of `processes` it does not depend, up to rounding."""
     free = {"checkpoint_every", "processes"}  # may change between a run and its resumption
     parts = [
@@ -316,4 +342,6 @@ def run_hash(model: ModelConfig, schema: Schema, config: TrainConfig, identity: 
         schema.model_dump(mode="json"),
         config.model_dump(mode="json", exclude=free),
     ]
+    if sparsity is not None:
+        parts.append(sparsity.model_dump(mode="json"))
     return hashlib.sha256(json.dumps([*parts, identity], sort_keys=True).encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 
 from features.schema import Schema
+from recsys.embeddings import TableKind
 from recsys.models.autoint import AutoInt, AutoIntConfig
 from recsys.models.clicked import Clicked, ClickedConfig
 from recsys.models.dcn import DCN, DCNConfig
@@ -16,6 +17,7 @@ from recsys.models.fm import FM, FMConfig
 from recsys.models.lr import LR, LRConfig
 from recsys.models.multitask import MultiTask, MultiTaskConfig
 from recsys.models.nise import NISE, NISEConfig
+from recsys.sparsity.config import Sparsity
 
 _PerLabelConfig = AutoIntConfig | DCNConfig | FMConfig | LRConfig | MultiTaskConfig
 _FunnelConfig = ClickedConfig | DivisionConfig | ESCM2Config | ESMMConfig | NISEConfig
@@ -23,29 +25,31 @@ ModelConfig = Annotated[_PerLabelConfig | _FunnelConfig, Field(discriminator="na
 Model = AutoInt | Clicked | DCN | Division | ESCM2 | ESMM | FM | LR | MultiTask | NISE
 
 
-def build_model(config: ModelConfig, schema: Schema, *, table_device: str = "cpu") -> Model:
+def build_model(
+    config: ModelConfig, schema: Schema, *, table_device: str = "cpu", sparsity: Sparsity | None = None
+) -> Model:
     """An untrained model. With `table_device="meta"` its tables take no memory until they are sharded or loaded."""
-    device = torch.device(table_device)
+    tables = TableKind(torch.device(table_device), sparsity)
     match config:
         case AutoIntConfig():
-            return AutoInt(config, schema, device)
+            return AutoInt(config, schema, tables)
         case ClickedConfig():
-            return Clicked(config, schema, device)
+            return Clicked(config, schema, tables)
         case DCNConfig():
-            return DCN(config, schema, device)
+            return DCN(config, schema, tables)
         case DivisionConfig():
-            return Division(config, schema, device)
+            return Division(config, schema, tables)
         case ESCM2Config():
-            return ESCM2(config, schema, device)
+            return ESCM2(config, schema, tables)
         case ESMMConfig():
-            return ESMM(config, schema, device)
+            return ESMM(config, schema, tables)
         case FMConfig():
-            return FM(config, schema, device)
+            return FM(config, schema, tables)
         case LRConfig():
-            return LR(config, schema, device)
+            return LR(config, schema, tables)
         case MultiTaskConfig():
-            return MultiTask(config, schema, device)
+            return MultiTask(config, schema, tables)
         case NISEConfig():
-            return NISE(config, schema, device)
+            return NISE(config, schema, tables)
         case _:
             assert_never(config)

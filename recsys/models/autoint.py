@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from base.config import Config
 from features.schema import Schema
 from recsys.batch import Batch
-from recsys.embeddings import Embeddings
+from recsys.embeddings import Embeddings, TableKind
 from recsys.interacting import Interacting, Variant
 from recsys.layers import MLP
 from recsys.models.base import PerLabel
@@ -38,10 +38,10 @@ class AutoIntConfig(Config):
 class AutoInt(PerLabel):
     """Interacting layers over the fields' embeddings, read by one linear layer (equation 9)."""
 
-    def __init__(self, config: AutoIntConfig, schema: Schema, table_device: torch.device) -> None:
+    def __init__(self, config: AutoIntConfig, schema: Schema, tables: TableKind) -> None:
         super().__init__(schema)
         tasks, fields, width = len(schema.labels), len(schema.fields), config.heads * config.attention_dim
-        self.embed = Embeddings(schema, config.dim, table_device)
+        self.embed = Embeddings(schema, config.dim, tables)
         self.dropout = nn.Dropout(config.embedding_dropout)
         shape = (config.heads, config.attention_dim, config.variant, config.attention_dropout)
         self.layers = nn.ModuleList(Interacting(config.dim if i == 0 else width, *shape) for i in range(config.layers))

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from features.schema import Schema
+from recsys.embeddings import TableKind
 from recsys.losses import clicked_log_loss, mean_log_loss
 from recsys.models.funnel import Funnel, FunnelConfig
 
@@ -22,8 +22,8 @@ class ClickedConfig(FunnelConfig):
 class Clicked(Funnel):
     """Conversion is learned where clicks are, and asked everywhere."""
 
-    def __init__(self, config: ClickedConfig, schema: Schema, table_device: torch.device) -> None:
-        super().__init__(config.name, config, schema, table_device)
+    def __init__(self, config: ClickedConfig, schema: Schema, tables: TableKind) -> None:
+        super().__init__(config.name, config, schema, tables)
 
     def objective(self, logits_BL: Tensor, o_B: Tensor, r_B: Tensor) -> Tensor:
         """Click on all impressions, conversion on the clicked ones."""

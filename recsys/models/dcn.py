@@ -2,14 +2,13 @@
 
 from typing import Literal
 
-import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from base.config import Config
 from features.schema import Schema
 from recsys.batch import Batch
-from recsys.embeddings import Embeddings
+from recsys.embeddings import Embeddings, TableKind
 from recsys.layers import MLP
 from recsys.models.base import PerLabel
 
@@ -29,10 +28,10 @@ class DCNConfig(Config):
 class DCN(PerLabel):
     """Cross layers x_{l+1} = x_0 ⊙ (W_l x_l + b_l) + x_l (equation 1) beside an MLP; both read by one linear layer."""
 
-    def __init__(self, config: DCNConfig, schema: Schema, table_device: torch.device) -> None:
+    def __init__(self, config: DCNConfig, schema: Schema, tables: TableKind) -> None:
         super().__init__(schema)
         tasks, width = len(schema.labels), len(schema.fields) * config.dim
-        self.embed = Embeddings(schema, config.dim, table_device)
+        self.embed = Embeddings(schema, config.dim, tables)
         self.cross = nn.ModuleList(nn.Linear(width, width) for _ in range(config.cross_layers))
         self.deep = MLP(width, config.hidden, tasks, config.dropout)
         self.head = nn.Linear(width, tasks)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from features.schema import Schema
+from recsys.embeddings import TableKind
 from recsys.losses import mean_log_loss
 from recsys.models.funnel import Funnel, FunnelConfig
 
@@ -23,8 +24,8 @@ class DivisionConfig(FunnelConfig):
 class Division(Funnel):
     """Logits of click and of click-and-conversion; pCVR = pCTCVR / pCTR, cut at 1, which nothing keeps it below."""
 
-    def __init__(self, config: DivisionConfig, schema: Schema, table_device: torch.device) -> None:
-        super().__init__(config.name, config, schema, table_device)
+    def __init__(self, config: DivisionConfig, schema: Schema, tables: TableKind) -> None:
+        super().__init__(config.name, config, schema, tables)
 
     def probabilities(self, logits_BL: Tensor) -> Tensor:
         p_B, both_B = logits_BL[:, 0].sigmoid(), logits_BL[:, 1].sigmoid()

@@ -2,12 +2,12 @@
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import functional
 
 from features.schema import Schema
+from recsys.embeddings import TableKind
 from recsys.losses import dr_loss, ips_loss, log_loss_of_product, mean_log_loss
 from recsys.models.funnel import Funnel, FunnelConfig
 
@@ -32,8 +32,8 @@ class ESCM2Config(FunnelConfig):
 class ESCM2(Funnel):
     """L = L_CTR + λc L_CVR + λg L_CTCVR, the second by inverse propensities or doubly robust; propensity = pCTR."""
 
-    def __init__(self, config: ESCM2Config, schema: Schema, table_device: torch.device) -> None:
-        super().__init__(config.name, config, schema, table_device, ("imputation",) if config.risk == "dr" else ())
+    def __init__(self, config: ESCM2Config, schema: Schema, tables: TableKind) -> None:
+        super().__init__(config.name, config, schema, tables, ("imputation",) if config.risk == "dr" else ())
         self.config = config
 
     def objective(self, logits_BL: Tensor, o_B: Tensor, r_B: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from features.schema import Schema
+from recsys.embeddings import TableKind
 from recsys.losses import log_loss_of_product, mean_log_loss
 from recsys.models.funnel import Funnel, FunnelConfig
 
@@ -21,8 +21,8 @@ class ESMMConfig(FunnelConfig):
 class ESMM(Funnel):
     """pCTCVR = pCTR · pCVR (equation 1). Conversion is never fitted by itself, only through the product."""
 
-    def __init__(self, config: ESMMConfig, schema: Schema, table_device: torch.device) -> None:
-        super().__init__(config.name, config, schema, table_device)
+    def __init__(self, config: ESMMConfig, schema: Schema, tables: TableKind) -> None:
+        super().__init__(config.name, config, schema, tables)
 
     def objective(self, logits_BL: Tensor, o_B: Tensor, r_B: Tensor) -> Tensor:
         """Click on all impressions, and click-and-conversion on all impressions (equation 3)."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from base.config import Config
 from features.schema import Schema
 from recsys.batch import Batch
-from recsys.embeddings import WIDTH_UNIT, Embeddings
+from recsys.embeddings import Embeddings, TableKind
 from recsys.models.base import PerLabel
 
 # Shape suffixes: B = batch, T = tasks, F = fields, D = factors.
@@ -29,11 +29,11 @@ class FM(PerLabel):
     A table row holds w and v of each task side by side, so there is one lookup.
     """
 
-    def __init__(self, config: FMConfig, schema: Schema, table_device: torch.device) -> None:
+    def __init__(self, config: FMConfig, schema: Schema, tables: TableKind) -> None:
         super().__init__(schema)
         self.dim = config.dim
         width = self.tasks * (1 + self.dim)
-        self.embed = Embeddings(schema, -(-width // WIDTH_UNIT) * WIDTH_UNIT, table_device, init_std=0.01)
+        self.embed = Embeddings(schema, width, tables, padded=True, init_std=0.01)
         self.bias_T = nn.Parameter(torch.zeros(self.tasks))
 
     def forward(self, batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from base.errors import ConfigError
 from features.schema import Output, Schema
 from recsys.batch import Batch
+from recsys.embeddings import TableKind
 from recsys.models.base import density
 from recsys.network import Network, NetworkConfig, embeddings
 
@@ -32,7 +33,7 @@ class Funnel(nn.Module, ABC):
     """Towers a (click) and b (conversion given a click); σ(a), σ(b) and their product are its probabilities."""
 
     def __init__(
-        self, name: str, config: FunnelConfig, schema: Schema, table_device: torch.device, towers: Sequence[str] = ()
+        self, name: str, config: FunnelConfig, schema: Schema, tables: TableKind, towers: Sequence[str] = ()
     ) -> None:
         super().__init__()
         require_funnel(name, schema.labels, schema.funnel)
@@ -45,7 +46,7 @@ class Funnel(nn.Module, ABC):
         self.places = [schema.labels.index(label) for label in schema.funnel]
         self.negative_rate = schema.negative_rate
         names = (click, conversion, *towers)
-        self.embed = embeddings(config, schema, names, table_device)
+        self.embed = embeddings(config, schema, names, tables)
         self.network = Network(config, schema, names)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from base.config import Config
 from features.schema import Schema
 from recsys.batch import Batch
-from recsys.embeddings import WIDTH_UNIT, Embeddings
+from recsys.embeddings import Embeddings, TableKind
 from recsys.models.base import PerLabel
 
 # Shape suffixes: B = batch, T = tasks, F = fields, D = width of a table row.
@@ -23,9 +23,9 @@ class LRConfig(Config):
 class LR(PerLabel):
     """y = sigmoid(b + Σ_f w_f x_f). The weights are the first T floats of each row; rows come in fours."""
 
-    def __init__(self, config: LRConfig, schema: Schema, table_device: torch.device) -> None:
+    def __init__(self, config: LRConfig, schema: Schema, tables: TableKind) -> None:
         super().__init__(schema)
-        self.embed = Embeddings(schema, -(-self.tasks // WIDTH_UNIT) * WIDTH_UNIT, table_device, init_std=0.0)
+        self.embed = Embeddings(schema, self.tasks, tables, padded=True, init_std=0.0)
         self.bias_T = nn.Parameter(torch.zeros(self.tasks))
 
     def forward(self, batch: Batch) -> Tensor:

@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from features.schema import Schema
 from recsys.batch import Batch
+from recsys.embeddings import TableKind
 from recsys.models.base import PerLabel
 from recsys.network import Network, NetworkConfig, embeddings
 
@@ -22,9 +22,9 @@ class MultiTaskConfig(NetworkConfig):
 class MultiTask(PerLabel):
     """A tower per label over what the tasks share; the log losses are added up."""
 
-    def __init__(self, config: MultiTaskConfig, schema: Schema, table_device: torch.device) -> None:
+    def __init__(self, config: MultiTaskConfig, schema: Schema, tables: TableKind) -> None:
         super().__init__(schema)
-        self.embed = embeddings(config, schema, schema.labels, table_device)
+        self.embed = embeddings(config, schema, schema.labels, tables)
         self.network = Network(config, schema, schema.labels)
 
     def forward(self, batch: Batch) -> Tensor:

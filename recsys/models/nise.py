@@ -2,11 +2,11 @@
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from features.schema import Schema
+from recsys.embeddings import TableKind
 from recsys.losses import entropy_loss, mean_log_loss
 from recsys.models.funnel import Funnel, FunnelConfig
 
@@ -26,8 +26,8 @@ class NISEConfig(FunnelConfig):
 class NISE(Funnel):
     """L = L_CTR + w L_CVR, with w = α min(L_CTR / L_CVR, β) in each batch, a constant for autograd."""
 
-    def __init__(self, config: NISEConfig, schema: Schema, table_device: torch.device) -> None:
-        super().__init__(config.name, config, schema, table_device)
+    def __init__(self, config: NISEConfig, schema: Schema, tables: TableKind) -> None:
+        super().__init__(config.name, config, schema, tables)
         self.config = config
         self.network.start_at(1, config.start)
 

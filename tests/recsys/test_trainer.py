@@ -22,7 +22,7 @@ from recsys.checkpoint import WarmStart
 from recsys.data import ExampleStream
 from recsys.device import CPU
 from recsys.distributed import reset_tables, shard
-from recsys.embeddings import normal_rows
+from recsys.draws import normal_rows
 from recsys.models import AutoIntConfig, ModelConfig, build_model
 from recsys.models.autoint import AutoInt
 from recsys.models.esmm import ESMMConfig

@@ -1,0 +1,64 @@
+"""`[sparsity]`: which share of the tables' weights exists, and how the choice moves during training."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from base.config import Config
+from base.errors import ConfigError
+
+
+class Schedule(Config):
+    """When weights are dropped, and where others grow in their place.
+
+    RigL (Evci et al., ICML 2020) for rows of a table; with `grow = "random"` it is SET (Mocanu et al., 2018).
+    """
+
+    grow: Literal["gradient", "random", "none"] = "gradient"
+    """Where weights grow: where the loss of a window of batches falls steepest, anywhere, or nowhere: a fixed mask."""
+    interval: PositiveInt = 100
+    """Steps between updates of the mask."""
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Share of a row's weights that the first update exchanges; it falls to 0 as half a cosine."""
+    stop: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """Share of the training after which the mask stays as it is."""
+    window: PositiveInt = 10
+    """Batches before an update whose summed gradients decide it."""
+    window_rows: PositiveInt = 2**17
+    """Rows whose gradients are kept at most, whatever the window touches: a sample by a hash of the row."""
+    redistribute: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How much of the exchange is between rows, and so between tables: 1 is as much as `fraction` of all weights. Then
+    a row may come to hold none."""
+
+
+class Sparsity(Config):
+    """A sparse table: each row holds a few of its `dim` weights and their positions, and nothing else exists."""
+
+    density: Annotated[float, Field(gt=0, le=1)]
+    """Share of all weights that is active; their number is constant."""
+    features: tuple[str, ...] | None = None
+    """Whose tables are sparse; by default all. The others hold every weight."""
+    allocation: Literal["uniform", "er", "popularity"] = "uniform"
+    """How the weights are shared out at first. `er`: a table of R rows has a density in proportion to 1/dim + 1/R
+    (Erdős-Rényi; Mocanu et al., 2018). `popularity`: a row has weights in proportion to the square root of its
+    examples."""
+    positions: Literal["random", "nested"] = "random"
+    """Which weights of a row are active at first. `nested`: the first ones, so that all rows have some in common."""
+    state: Literal["row", "element"] = "row"
+    """Adagrad's sum of squared gradients: one of each row, kept where weights grow; or one of each active weight, which
+    begins anew with it."""
+    schedule: Schedule = Schedule()
+
+    @property
+    def unequal(self) -> bool:
+        """Whether rows may hold none of the weights."""
+        return self.allocation == "popularity" or self.schedule.redistribute > 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.schedule.redistribute and self.schedule.grow != "gradient":
+            raise ConfigError(
+                f"sparsity.schedule.redistribute = {self.schedule.redistribute}: rows compete by their gradients; "
+                f'set grow = "gradient", not "{self.schedule.grow}"'
+            )
+        return self
