@@ -170,7 +170,9 @@ def _whole_model(
     return Sharded(model, {}, dense, {}, {}, sparse)
 
 
-def reset_tables(sharded: Sharded, seed: int, accumulator: float = 0.0, counts: Sequence[Tensor] | None = None) -> None:
+def reset_tables(
+    sharded: Sharded, seed: int, accumulator: float = 0.0, counts: Mapping[str, Tensor] | None = None
+) -> None:
     """Initialise every table from its name and `seed`: independent of sharding and of the other tables.
 
     `accumulator` is what Adagrad's sum of squared gradients begins at. `counts`: of each sparse feature, how often each

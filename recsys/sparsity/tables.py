@@ -50,8 +50,7 @@ class SparseTable:
     """One of the tables."""
 
     name: str
-    feature: int
-    """Its feature's place among the schema's sparse ones."""
+    feature: str
     rows: int
     multi: bool
     sparse: bool
@@ -262,7 +261,7 @@ class SparseTables(nn.Module):
         """Say how fbgemm's fused Adagrad is to train them (`lr`, `eps`) and where, before they get their weights."""
         self._adagrad, self._device = dict(adagrad), device
 
-    def begin(self, seed: int, accumulator: float, counts: Sequence[Tensor] | None = None) -> None:
+    def begin(self, seed: int, accumulator: float, counts: Mapping[str, Tensor] | None = None) -> None:
         """Initialise: normal weights at positions that follow from `seed` and the tables' names.
 
         `accumulator`: what sums of squared gradients begin at. `counts`: lookups in training of each feature's rows.
@@ -434,6 +433,7 @@ class SparseTables(nn.Module):
     def _lookups(self, sparse: KeyedJaggedTensor, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """row_N, the bag of the batch that it is for, and what it counts there: None for 1 everywhere."""
         ids, lengths, ends = sparse.values(), sparse.lengths().view(-1, batch), sparse.offset_per_key()
+        keys = sparse.keys()
         width, device = len(self.tables), ids.device
         each_B = torch.arange(batch, device=device) * width
         rows: list[Tensor] = []
@@ -441,7 +441,8 @@ class SparseTables(nn.Module):
         weights: list[Tensor] = []
         several = any(t.multi for t in self.tables)
         for i, table in enumerate(self.tables):
-            ids_V = ids[ends[table.feature] : ends[table.feature + 1]]
+            key = keys.index(table.feature)
+            ids_V = ids[ends[key] : ends[key + 1]]
             if ids_V.numel():
                 low, high = torch.aminmax(ids_V)
                 if low < 0 or high >= table.rows:
@@ -449,7 +450,7 @@ class SparseTables(nn.Module):
                     raise IdError(f"table {table.name!r}: id {wrong} is outside its {table.rows} rows")
             rows.append(ids_V + self.starts[i])
             if table.multi:
-                count_B = lengths[table.feature].long()
+                count_B = lengths[key].long()
                 bags.append(torch.repeat_interleave(each_B + i, count_B))
                 weights.append(torch.repeat_interleave(1 / count_B.clamp(min=1), count_B))
             else:
