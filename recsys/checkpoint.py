@@ -134,7 +134,7 @@ def stands_at(folder: Path) -> Position:
     return Position.model_validate(read_manifest(resolve(folder / "checkpoint", "checkpoint")).about)
 
 
-def restore(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimizer, *, accumulator: float) -> None:
+def restore(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimizer, *, accumulator: float = 0.0) -> None:
     """Put weights, masks and optimizer states back. Raises ArtefactError if a tensor is missing or of another shape."""
     stored = resolve(folder / "checkpoint", "checkpoint")
     with torch.no_grad():

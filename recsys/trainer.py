@@ -31,6 +31,9 @@ from recsys.sparsity.config import Sparsity
 from recsys.sparsity.schedule import Mover
 from recsys.tensors import load_tensors
 
+_DECAY_EVERY = 25
+"""Steps whose share of the tables' L2 is taken at once."""
+
 
 class TrainConfig(Config):
     """How to train. Fields not given have defaults that work on a laptop."""
@@ -45,6 +48,9 @@ class TrainConfig(Config):
     table_accumulator: NonNegativeFloat = 0.0
     """What row-wise Adagrad's sum of mean squared gradients begins at. From 0 a row's first step has the size of the
     learning rate, however rare its id; a larger value lets rows move by what they have seen."""
+    table_l2: NonNegativeFloat = 0.0
+    """L2 of the tables: λ/2 Σ w² is added to the loss, so that rows of rare ids stay small. It takes a pass over all
+    tables every 25 steps."""
     weight_decay: NonNegativeFloat = 0.0
     """L2 in Adam (dense parameters only)."""
     decay_on_plateau: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -202,6 +208,8 @@ def learn(
             optimizer.zero_grad()
             (loss * world).backward()  # TorchRec and DDP take the mean of what the ranks' rows give; it is the sum
             optimizer.step()
+            if config.table_l2 and (at.step + 1) % _DECAY_EVERY == 0:
+                sharded.decay_tables(_DECAY_EVERY * config.table_l2 * config.table_learning_rate * _factor(config, at))
             value = loss.detach().item()
             if not np.isfinite(value):
                 raise DataError(
@@ -304,12 +312,16 @@ def _measure(scored: pl.DataFrame, model: Model, config: TrainConfig) -> dict[st
 
 
 def _set_rates(sharded: Sharded, optimizer: torch.optim.Optimizer, config: TrainConfig, at: Position) -> None:
-    objectives = [h["objective"] for h in at.history if "objective" in h]
-    plateaus = sum(o >= min(objectives[:i], default=float("inf")) for i, o in enumerate(objectives))
-    factor = config.decay_on_plateau**plateaus
+    factor = _factor(config, at)
     sharded.set_table_learning_rate(config.table_learning_rate * factor)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate * factor
+
+
+def _factor(config: TrainConfig, at: Position) -> float:
+    """What plateaus have made of the learning rates."""
+    objectives = [h["objective"] for h in at.history if "objective" in h]
+    return config.decay_on_plateau ** sum(o >= min(objectives[:i], default=np.inf) for i, o in enumerate(objectives))
 
 
 def _progress(
