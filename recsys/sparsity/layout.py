@@ -3,6 +3,7 @@
 Shapes: R rows of a table, K chosen rows, S slots of a row, D embedding dimension, T tables.
 """
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -68,7 +69,8 @@ def _between(dim: int, density: float, *, unequal: bool) -> tuple[int, int, int]
     sizes, wanted = sizes_for(dim, unequal=unequal), density * dim
     low = max(s for s in sizes if s <= wanted + 1e-9)
     high = min((s for s in sizes if s > low), default=low)
-    return low, high, max(0, round(Fraction(wanted - low) / (high - low) * _ONE)) if high > low else 0
+    # Rounded up, so that a whole number of larger rows, which floats may miss by a little, is not one less.
+    return low, high, max(0, math.ceil(Fraction(wanted - low) / (high - low) * _ONE)) if high > low else 0
 
 
 def er_densities(rows_T: Sequence[int], dim: int, density: float) -> list[float]:

@@ -425,7 +425,8 @@ class SparseTables(nn.Module):
         if collect is not None and torch.is_grad_enabled():
             collect.batch(row_N, bag_N, weight_N)
         shape = (batch, len(self.tables), self.dim)
-        return _Spread.apply(shape, row_N.device, collect, sizes, flats, weights, *values)
+        anchor = torch.empty(0, device=row_N.device, requires_grad=torch.is_grad_enabled())
+        return _Spread.apply(shape, anchor, collect, sizes, flats, weights, *values)
 
     def _lookups(self, sparse: KeyedJaggedTensor, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """row_N, the bag of the batch that it is for, and what it counts there: None for 1 everywhere."""
@@ -669,13 +670,16 @@ def _places(sizes_R: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 class _Spread(torch.autograd.Function):
-    """dense_BTD from weights and where they go; backward, the gradients of these weights alone."""
+    """dense_BTD from weights and where they go; backward, the gradients of these weights alone.
+
+    `anchor` holds nothing: it has the backward pass come here, for the collector, also where no row holds a weight.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         shape: tuple[int, int, int],
-        device: torch.device,
+        anchor: Tensor,
         collector: Collector | None,
         sizes: list[int],
         flats: list[Tensor],
@@ -683,7 +687,7 @@ class _Spread(torch.autograd.Function):
         *values: Tensor,
     ) -> Tensor:
         ctx.sizes, ctx.flats, ctx.weights, ctx.collector, ctx.dim = sizes, flats, weights, collector, shape[2]
-        dense_X = torch.zeros(shape[0] * shape[1] * shape[2], device=device)
+        dense_X = torch.zeros(shape[0] * shape[1] * shape[2], device=anchor.device)
         for value_NS, flat_NS, weight_N in zip(values, flats, weights, strict=True):
             scaled_NS = value_NS if weight_N is None else value_NS * weight_N.unsqueeze(1)
             dense_X.scatter_add_(0, flat_NS.view(-1), scaled_NS.view(-1))
