@@ -181,11 +181,12 @@ def learn(
     sharded = shard(model, device, adagrad, batch_size=config.batch_size)
     optimizer = torch.optim.Adam(sharded.dense.values(), config.learning_rate, weight_decay=config.weight_decay)
     at = _agreed(checkpoint.position_of(folder) if rank == 0 else None)
-    refuse_other_density(at, run, sparsity)
+    refuse_other_density(at, run, sparsity, folder)
     counts = fit.row_counts() if sparsity else None
     if at is None or at.run != run:
-        reset_tables(sharded, config.seed, config.table_accumulator, counts)
-        if warm is not None:
+        if warm is None:
+            reset_tables(sharded, config.seed, config.table_accumulator, counts)
+        else:
             checkpoint.start_from(warm, sharded, optimizer, seed=config.seed, accumulator=config.table_accumulator)
         at = Position(run=run, sparsity=sparsity)
     else:
@@ -332,16 +333,22 @@ def _progress(
     return Progress(at.epoch + 1, config.epochs, at.step, total, seen / elapsed, eta, loss)
 
 
-def refuse_other_density(at: Position | None, run: str, sparsity: Sparsity | None) -> None:
+def refuse_other_density(at: Position | None, run: str, sparsity: Sparsity | None, folder: Path) -> None:
     """Raises ConfigError if an unfinished training has begun with other sparsity."""
     if at is None or at.run == run or at.finished or at.sparsity == sparsity:
         return
-    before, now = (f"density {s.density:g}" if s else "dense tables" for s in (at.sparsity, sparsity))
-    what = f"{before}, this run has {now}" if before != now else f"{at.sparsity!r}, this run has {sparsity!r}"
+    was, now = _settings(at.sparsity), _settings(sparsity)
+    key = next((k for k in was if k in now and was[k] != now[k]), "density")
     raise ConfigError(
-        f"[sparsity]: the training that stands at step {at.step} has {what}; set it back to go on with that one, or "
-        "remove its checkpoint to begin anew"
+        f"sparsity.{key} = {now.get(key, 'nothing: tables are dense')}, but the training in {folder} stands at step "
+        f"{at.step} with {was.get(key, 'dense tables')}; set it back to go on with that one, or remove the folder"
     )
+
+
+def _settings(sparsity: Sparsity | None) -> dict[str, Any]:
+    """By name, those of the schedule among them; none of dense tables."""
+    found = {} if sparsity is None else sparsity.model_dump(exclude={"schedule"})
+    return found if sparsity is None else found | {f"schedule.{k}": v for k, v in sparsity.schedule}
 
 
 def run_hash(

@@ -36,7 +36,7 @@ class Sparsity(Config):
 
     density: Annotated[float, Field(gt=0, le=1)]
     """Share of all weights that is active; their number is constant."""
-    features: tuple[str, ...] | None = None
+    features: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Whose tables are sparse; by default all. The others hold every weight."""
     allocation: Literal["uniform", "er", "popularity"] = "uniform"
     """How the weights are shared out at first. `er`: a table of R rows has a density in proportion to 1/dim + 1/R

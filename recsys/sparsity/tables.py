@@ -135,11 +135,7 @@ class SparseTables(nn.Module):
         super().__init__()
         check_density(sparsity.density, dim, unequal=sparsity.unequal)
         for table in tables:
-            if table.sparse and not even_total(table.rows, dim, sparsity.density, unequal=sparsity.unequal):
-                raise ConfigError(
-                    f"sparsity.density = {sparsity.density:g} leaves table {table.name!r}, {table.rows} x {dim}, "
-                    "without weights; use a larger one, or name the other tables in sparsity.features"
-                )
+            _check_table(table, dim, sparsity.density, sparsity)
         self.tables = tuple(tables)
         self.dim = dim
         self.sparsity = sparsity
@@ -175,7 +171,7 @@ class SparseTables(nn.Module):
             found = er_densities([self.tables[i].rows for i in sparse], self.dim, config.density)
             for i, density in zip(sparse, found, strict=True):
                 densities[i] = density
-                check_density(density, self.dim, unequal=config.unequal)
+                _check_table(self.tables[i], self.dim, density, config)
         parts = [
             even_sizes(t.rows, self.dim, d, unequal=config.unequal and t.sparse)
             for t, d in zip(self.tables, densities, strict=True)
@@ -232,7 +228,7 @@ class SparseTables(nn.Module):
             even_total(rows, self.dim, self.sparsity.density if t.sparse else 1.0, unequal=unequal and t.sparse)
             for rows, t in zip(rows_T, self.tables, strict=True)
         )
-        free = 0.02 * wanted + UNIT * len(self.tables) if self.sparsity.allocation == "er" else 0
+        free = UNIT * len(self.tables) if self.sparsity.allocation == "er" else 0  # each table's is a whole number
         if abs(found - wanted) > free:
             raise ArtefactError(
                 f"{where}: holds {found} weights, a density of {found / (sum(rows_T) * self.dim):.4g}, where "
@@ -276,7 +272,7 @@ class SparseTables(nn.Module):
         self, tensors: Mapping[str, Tensor], states: Mapping[str, Tensor], accumulator: float, where: Any
     ) -> None:
         """Go on exactly where stored tensors were left. Raises ArtefactError naming what is inconsistent."""
-        self.adopt(tensors, where)
+        self.adopt(tensors, where, device=self._device)
         self.accumulator = accumulator
         for group in self.groups:
             if not group.size:
@@ -428,7 +424,8 @@ class SparseTables(nn.Module):
         if collect is not None and torch.is_grad_enabled():
             collect.batch(row_N, bag_N, weight_N)
         shape = (batch, len(self.tables), self.dim)
-        return _Spread.apply(shape, collect, sizes, flats, weights, *values)
+        anchor = torch.empty(0, device=row_N.device, requires_grad=torch.is_grad_enabled())
+        return _Spread.apply(shape, anchor, collect, sizes, flats, weights, *values)
 
     def _lookups(self, sparse: KeyedJaggedTensor, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """row_N, the bag of the batch that it is for, and what it counts there: None for 1 everywhere."""
@@ -535,7 +532,7 @@ class SparseTables(nn.Module):
             count, slots = int((grown_R == size).sum()), slots_of(size)
             group = Group(size, torch.zeros(count, slots), torch.zeros(count, slots, dtype=torch.uint8))
             shape = (count,) if self.sparsity.state == "row" else (count, slots)
-            group.state = torch.full(shape, accumulator)
+            group.state = torch.full(shape, accumulator) if size else None
             source = next((g for g in groups if g.size == size), None)
             sums = states.get(f"state.{size}")
             read = write = 0
@@ -544,9 +541,12 @@ class SparseTables(nn.Module):
                 if kept and source is not None:
                     group.values_NS[write : write + kept] = source.values_NS[read : read + kept]
                     group.positions_NS[write : write + kept] = source.positions_NS[read : read + kept]
-                    if size:
+                    if group.state is not None:
                         if sums is None or sums.shape[1:] != group.state.shape[1:]:
-                            raise ArtefactError(f"{where}: no sums of rows with {size} weights; train with --full")
+                            raise ArtefactError(
+                                f"{where}: has no sums of each {self.sparsity.state} with {size} weights, as "
+                                f'sparsity.state = "{self.sparsity.state}" asks for; set it back, or train with --full'
+                            )
                         group.state[write : write + kept] = sums[read : read + kept] * decay
                 read, write = read + kept, write + all_
             grown.append(group)
@@ -579,6 +579,8 @@ class SparseTables(nn.Module):
                 order_KD = normal_rows(chunk_K, self.dim, ~seed & 0x7FFFFFFF)
             else:
                 first_KD, order_KD = (x.expand(len(chunk_K), -1) for x in (mean_D, mean_D.abs()))
+            if self.sparsity.positions == "nested":
+                order_KD = torch.arange(self.dim, 0, -1).expand(len(chunk_K), -1)
             best_KD = order_KD.sort(dim=1, descending=True, stable=True).indices
             for group, index_K, mine_K in self.by_group(chunk_K + self.starts[table]):
                 chosen_KD = best_KD if mine_K is None else best_KD[mine_K]
@@ -604,6 +606,18 @@ class SparseTables(nn.Module):
         return (total_D / int(known_R.sum())).float()
 
 
+def _check_table(table: SparseTable, dim: int, density: float, sparsity: Sparsity) -> None:
+    """Raises ConfigError where `density`, which is the table's own, leaves it without weights, or a row of equals."""
+    found, none = density * dim, "less than one for each row"
+    if sparsity.unequal:
+        found, none = even_total(table.rows, dim, density, unequal=True), "none at all"
+    if table.sparse and found < 1 - 1e-9:
+        raise ConfigError(
+            f"sparsity.density = {sparsity.density:g} leaves table {table.name!r}, {table.rows} x {dim}, too few "
+            f"weights: {none}; use a larger one, or name the other tables in sparsity.features"
+        )
+
+
 def read_groups(tensors: Mapping[str, Tensor], dim: int, where: Any) -> tuple[Tensor, list[Group]]:
     """sizes_R and groups from stored tensors, checked. Raises ArtefactError naming what is inconsistent."""
     damaged = "restore or rebuild it"
@@ -613,9 +627,10 @@ def read_groups(tensors: Mapping[str, Tensor], dim: int, where: Any) -> tuple[Te
     if len(sizes_R) != int(tensors["rows_T"].sum()):
         raise ArtefactError(f"{where}: sizes of {len(sizes_R)} rows for {int(tensors['rows_T'].sum())}; {damaged}")
     groups: list[Group] = []
+    extra = set(tensors) - {"sizes_R", "rows_T"}
     for size, count in zip(*(x.tolist() for x in torch.unique(sizes_R, return_counts=True)), strict=True):
         values_NS, positions_NS = tensors.get(f"values.{size}"), tensors.get(f"positions.{size}")
-        shape = (count, slots_of(size))
+        shape, extra = (count, slots_of(size)), extra - {f"values.{size}", f"positions.{size}"}
         for name, found in (("values", values_NS), ("positions", positions_NS)):
             if found is None or tuple(found.shape) != shape:
                 is_there = "nothing" if found is None else tuple(found.shape)
@@ -633,7 +648,13 @@ def read_groups(tensors: Mapping[str, Tensor], dim: int, where: Any) -> tuple[Te
                     f"{where}: positions {active_KS[row - first].tolist()} of a row with {size} weights are not "
                     f"ascending numbers below {dim}; {damaged}"
                 )
+        if values_NS[:, size:].any() or positions_NS[:, size:].any():
+            raise ArtefactError(
+                f"{where}: rows with {size} weights hold something where their slots only fill up; {damaged}"
+            )
         groups.append(Group(size, values_NS, positions_NS))
+    if extra:
+        raise ArtefactError(f"{where}: {min(extra)} is of no row; {damaged}")
     return sizes_R, groups
 
 
@@ -650,12 +671,16 @@ def _places(sizes_R: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 class _Spread(torch.autograd.Function):
-    """dense_BTD from weights and where they go; backward, the gradients of these weights alone."""
+    """dense_BTD from weights and where they go; backward, the gradients of these weights alone.
+
+    `anchor` holds nothing: it has the backward pass come here, for the collector, also where no row holds a weight.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         shape: tuple[int, int, int],
+        anchor: Tensor,
         collector: Collector | None,
         sizes: list[int],
         flats: list[Tensor],
@@ -663,8 +688,7 @@ class _Spread(torch.autograd.Function):
         *values: Tensor,
     ) -> Tensor:
         ctx.sizes, ctx.flats, ctx.weights, ctx.collector, ctx.dim = sizes, flats, weights, collector, shape[2]
-        device = values[0].device if values else None
-        dense_X = torch.zeros(shape[0] * shape[1] * shape[2], device=device)
+        dense_X = torch.zeros(shape[0] * shape[1] * shape[2], device=anchor.device)
         for value_NS, flat_NS, weight_N in zip(values, flats, weights, strict=True):
             scaled_NS = value_NS if weight_N is None else value_NS * weight_N.unsqueeze(1)
             dense_X.scatter_add_(0, flat_NS.view(-1), scaled_NS.view(-1))
@@ -680,4 +704,4 @@ class _Spread(torch.autograd.Function):
             found.append(grad_NS if weight_N is None else grad_NS.mul_(weight_N.unsqueeze(1)))
         if ctx.collector is not None:
             ctx.collector.add(grad_X.view(-1, ctx.dim))
-        return (None, None, None, None, None, *found)
+        return (None, None, None, None, None, None, *found)
