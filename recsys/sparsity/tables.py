@@ -102,16 +102,16 @@ class _Rows:
         kept_KS = self.values_KS.abs().sort(dim=1, descending=True, stable=True).indices[:, :-UNIT].sort(1).values
         return self._at(kept_KS, self.positions_KS, self.values_KS, self.state)
 
-    def more(self, strength_KD: Tensor, accumulator: float) -> "_Rows":
-        """With a unit of weights more: 0, at the positions of most strength that are free."""
-        free_KD = strength_KD.scatter(1, self.positions_KS, -1.0)
+    def more(self, sums_KD: Tensor, first_KD: Tensor, accumulator: float) -> "_Rows":
+        """With a unit of weights more: where it is free and the summed gradients are largest."""
+        free_KD = sums_KD.abs().scatter(1, self.positions_KS, -1.0)
         grown_KS = free_KD.topk(UNIT, dim=1).indices
         positions_KS = torch.cat([self.positions_KS, grown_KS], 1)
-        zeros_KS = torch.zeros(len(grown_KS), UNIT)
+        begun_KS = first_KD.gather(1, grown_KS)
         state = self.state
         if state is not None and state.ndim == 2:
-            state = torch.cat([state, zeros_KS + accumulator], 1)
-        return self._at(positions_KS.argsort(1), positions_KS, torch.cat([self.values_KS, zeros_KS], 1), state)
+            state = torch.cat([state, torch.full_like(begun_KS, accumulator)], 1)
+        return self._at(positions_KS.argsort(1), positions_KS, torch.cat([self.values_KS, begun_KS], 1), state)
 
     def _at(self, order_KS: Tensor, positions_KS: Tensor, values_KS: Tensor, state: Tensor | None) -> "_Rows":
         by_element = state is not None and state.ndim == 2
@@ -330,28 +330,37 @@ class SparseTables(nn.Module):
             group.state = sums
         group.kernel = kernel
 
+    def missed(self, group: Group, index_K: Tensor, sums_KD: Tensor) -> Tensor:
+        """The steps that weights would have made on the summed gradients of a window, had they been active."""
+        if self.sparsity.schedule.begin == "zero" or group.state is None:
+            return torch.zeros_like(sums_KD)
+        state = group.state[index_K.to(group.state.device)].cpu()
+        scale_K = (state if state.ndim == 1 else state[:, : group.size].mean(1)).sqrt() + self._adagrad["eps"]
+        return -self._adagrad["lr"] * sums_KD / scale_K.unsqueeze(1)
+
     def movable(self) -> Tensor:
         """Which rows_R may exchange weights with others: those of tables that are sparse."""
         return torch.cat([torch.full((t.rows,), t.sparse) for t in self.tables])
 
-    def resize(self, givers_K: Tensor, takers_K: Tensor, strength_KD: Tensor) -> None:
+    def resize(self, givers_K: Tensor, takers_K: Tensor, sums_KD: Tensor) -> None:
         """Move a unit of weights from each giver to a taker: as many, none of them both, ascending.
 
-        A giver loses its weights of least magnitude; a taker gains, at 0, those of most `strength_KD`.
+        A giver loses its weights of least magnitude; a taker gains those with the largest gradients in `sums_KD`.
         """
         sizes_R = self.sizes_R.clone()
         sizes_R[givers_K] -= UNIT
         sizes_R[takers_K] += UNIT
         moved: dict[int, list[_Rows]] = {}
-        for rows_K, strength in ((givers_K, None), (takers_K, strength_KD)):
+        for rows_K, sums in ((givers_K, None), (takers_K, sums_KD)):
             for group, index_K, mine_K in self.by_group(rows_K):
                 if len(index_K):
                     chosen = rows_K if mine_K is None else rows_K[mine_K]
                     old = _Rows.of(chosen, group, index_K)
-                    if strength is None:
+                    if sums is None:
                         new = old.less()
                     else:
-                        new = old.more(strength if mine_K is None else strength[mine_K], self.accumulator)
+                        mine_KD = sums if mine_K is None else sums[mine_K]
+                        new = old.more(mine_KD, self.missed(group, index_K, mine_KD), self.accumulator)
                     moved.setdefault(new.positions_KS.shape[1], []).append(new)
         before_R, old_groups = self.sizes_R, {g.size: g for g in self.groups}
         self.groups, groups = [], []
@@ -495,6 +504,10 @@ class SparseTables(nn.Module):
         group.values_NS[place, :size] = torch.randn(count, size, generator=generator) * self.std
         nested = self.sparsity.positions == "nested"
         positions_KS = nested_positions(count, size) if nested else random_positions(count, size, self.dim, generator)
+        if self.sparsity.positions == "half" and size:
+            core = size // 2
+            rest = random_positions(count, size - core, self.dim - core, generator)
+            positions_KS = torch.cat([nested_positions(count, core), rest + core], 1)
         group.positions_NS[place, :size] = positions_KS
 
     def carry(
