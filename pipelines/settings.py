@@ -59,6 +59,7 @@ class FeatureRun(Config):
     """Set by `--full`: fit and train from nothing on a window of days, instead of going on from the day before."""
     model: Any
     train: Any = None
+    retrieval: Any = None
     sampling: Any = None
     calibrate: Any = None
     device: Any = None

@@ -52,6 +52,23 @@ def clicked_log_loss(q_logits_B: Tensor, o_B: Tensor, r_B: Tensor) -> Tensor:
     return mean(cross_entropy(q_logits_B, r_B), (o_B == 1) & ~r_B.isnan())
 
 
+def in_batch_softmax(
+    queries_BD: Tensor, items_BD: Tensor, ids_B: Tensor, temperature: float, log_q_B: Tensor | None = None
+) -> Tensor:
+    """Mean -log softmax of each row's own item among the batch's, over <q, v> / τ - log q. Scalar.
+
+    Rows with the same item are no negatives of each other; without any negative, or without rows, it is 0.
+    Bengio and Senécal 2003; the correction is Yi et al.'s, RecSys 2019, equation 5.
+    """
+    if not len(ids_B):
+        return (queries_BD.sum() + items_BD.sum()) * 0
+    bias_B = items_BD.new_zeros(len(ids_B)) if log_q_B is None else -log_q_B
+    logits_BB = torch.addmm(bias_B, queries_BD, items_BD.T, alpha=1 / temperature)
+    same_BB = (ids_B.unsqueeze(1) == ids_B).fill_diagonal_(False)
+    logits_BB = logits_BB.masked_fill(same_BB, -torch.inf)
+    return functional.cross_entropy(logits_BB, torch.arange(len(ids_B), device=ids_B.device))
+
+
 # In the entire space. D: rows with known labels; n_B: how many impressions a row stands for, 1 unless non-clicks were
 # down-sampled; |D| = Σ n.
 

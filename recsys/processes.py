@@ -19,8 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from base.config import Config
 from base.errors import SetupError, UserError
@@ -31,6 +33,7 @@ from recsys.checkpoint import WarmStart
 from recsys.data import ExampleStream
 from recsys.device import CPU
 from recsys.models import ModelConfig
+from recsys.retrieval import Ranking
 from recsys.tensors import load_tensors, save_tensors
 from recsys.trainer import Pace, Progress, TrainConfig, Trained
 
@@ -50,7 +53,7 @@ class Job(Config):
     model: ModelConfig
     contract: Schema
     fit: ExampleStream
-    valid: ExampleStream | None
+    valid: ExampleStream | Ranking | None
     train: TrainConfig
     folder: Path
     device: str
@@ -70,13 +73,14 @@ def train(
     model_config: ModelConfig,
     schema: Schema,
     fit: ExampleStream,
-    valid: ExampleStream | None,
+    valid: ExampleStream | Ranking | None,
     config: TrainConfig,
     folder: Path,
     *,
     device: torch.device = CPU,
     identity: str = "",
     warm: WarmStart | None = None,
+    item_counts: NDArray[np.int64] | None = None,
     on_step: Callable[[Progress], None] = lambda _: None,
 ) -> Trained:
     """`trainer.train` on as many processes as `config` says.
@@ -86,7 +90,9 @@ def train(
     """
     if config.processes == 1:
         arguments = (model_config, schema, fit, valid, config, folder)
-        return trainer.train(*arguments, device=device, identity=identity, warm=warm, on_step=on_step)
+        return trainer.train(
+            *arguments, device=device, identity=identity, warm=warm, item_counts=item_counts, on_step=on_step
+        )
     if device.type == "cuda" and torch.cuda.device_count() < config.processes:
         raise SetupError(
             f"train.processes = {config.processes}: torch sees {torch.cuda.device_count()} CUDA devices, and each "
@@ -110,6 +116,8 @@ def train(
     with publish(folder / "job", "job", overwrite=True, keep=1) as staging:
         (staging / "job.json").write_bytes(dump_json(job.model_dump(mode="json")))
         save_tensors(staging, "fresh", {} if warm is None else {n: torch.tensor(r) for n, r in warm.fresh.items()})
+        if item_counts is not None:
+            save_tensors(staging, "item_counts", {"counts": torch.from_numpy(item_counts)})
     return trainer.outcome(folder, _run(resolve(folder / "job", "job"), config, on_step))
 
 
@@ -250,6 +258,7 @@ def _learn(path: Path, rank: int) -> Pace:
         device=device,
         identity=job.identity,
         warm=warm,
+        item_counts=load_tensors(path / "item_counts")["counts"].numpy() if (path / "item_counts").is_dir() else None,
         on_step=(lambda progress: _tell(progress=asdict(progress))) if rank == 0 else lambda _: None,
     )
 

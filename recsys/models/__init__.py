@@ -16,11 +16,12 @@ from recsys.models.fm import FM, FMConfig
 from recsys.models.lr import LR, LRConfig
 from recsys.models.multitask import MultiTask, MultiTaskConfig
 from recsys.models.nise import NISE, NISEConfig
+from recsys.models.two_tower import TwoTower, TwoTowerConfig
 
 _PerLabelConfig = AutoIntConfig | DCNConfig | FMConfig | LRConfig | MultiTaskConfig
 _FunnelConfig = ClickedConfig | DivisionConfig | ESCM2Config | ESMMConfig | NISEConfig
-ModelConfig = Annotated[_PerLabelConfig | _FunnelConfig, Field(discriminator="name")]
-Model = AutoInt | Clicked | DCN | Division | ESCM2 | ESMM | FM | LR | MultiTask | NISE
+ModelConfig = Annotated[_PerLabelConfig | _FunnelConfig | TwoTowerConfig, Field(discriminator="name")]
+Model = AutoInt | Clicked | DCN | Division | ESCM2 | ESMM | FM | LR | MultiTask | NISE | TwoTower
 
 
 def build_model(config: ModelConfig, schema: Schema, *, table_device: str = "cpu") -> Model:
@@ -47,5 +48,7 @@ def build_model(config: ModelConfig, schema: Schema, *, table_device: str = "cpu
             return MultiTask(config, schema, device)
         case NISEConfig():
             return NISE(config, schema, device)
+        case TwoTowerConfig():
+            return TwoTower(config, schema, device)
         case _:
             assert_never(config)
