@@ -116,7 +116,8 @@ def _kind(value: Any) -> str:
 
 
 Split = Annotated[
-    Annotated[DaySplit, Tag("days")] | Annotated[RandomSplit, Tag("random")] 
+    Annotated[DaySplit, Tag("days")]
+    | Annotated[RandomSplit, Tag("random")]
     | Annotated[PerUserSplit, Tag("per_user")]
     | Annotated[EachDay, Tag("each")],
     Discriminator(_kind),

@@ -79,6 +79,7 @@ def _named(output: Output, space: str) -> list[str]:
 
 
 def evaluation_of(run: Run, partition: str | None = None) -> tuple[pl.DataFrame, pl.DataFrame, Path]:
-    """The published scored table and metrics of a run."""
+    """The published scored table, which a retrieval model has not, and metrics of a run."""
     folder = resolve(run.evaluation_path(partition or "test"), "evaluation")
-    return pl.read_parquet(folder / "scored.parquet"), pl.read_parquet(folder / "metrics.parquet"), folder
+    scored = pl.read_parquet(folder / "scored.parquet") if run.retrieval is None else pl.DataFrame()
+    return scored, pl.read_parquet(folder / "metrics.parquet"), folder

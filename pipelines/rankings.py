@@ -1,7 +1,6 @@
 """The question that a retrieval model is measured by, from raw rows: the corpus, who asks, what they saw and like."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -25,7 +24,8 @@ def ranking_of(run: Run, fitted: FittedPipeline, partitions: Sequence[str]) -> R
     """The published question about `partitions`. Raises DataError if other features or settings made it."""
     target = run.ranking_path(partitions)
     folder = resolve(target, KIND, made_by="`recsys prepare`")
-    if not _about(run, fitted, _seen_before(run, partitions), partitions).items() <= read_manifest(folder).about.items():
+    about = _about(run, fitted, _seen_before(run, partitions), partitions)
+    if not about.items() <= read_manifest(folder).about.items():
         raise DataError(f"{target}: made by other features, settings or files; run `recsys prepare --overwrite`")
     retrieval, _ = _sides(run)
     return Ranking(folder, run.schema_of(fitted), retrieval.cuts)
@@ -62,7 +62,8 @@ def write_ranking(
         if not users.height:
             raise DataError(f"{name}: nobody has a positive row whose item they have not seen before; check data.split")
         described = fitted_side(fitted, users.lazy(), model.query, (USER, SEEN, RELEVANT))
-        items = fitted_side(fitted, corpus.lazy().with_columns(pl.col(retrieval.item).alias(ITEM)), _item_features(run, model), (ITEM,))
+        raw_items = corpus.lazy().with_columns(pl.col(retrieval.item).alias(ITEM))
+        items = fitted_side(fitted, raw_items, _item_features(run, model), (ITEM,))
     counts = fitted.counts_of(run.item_feature)
     counts[UNKNOWN] = 0
     items = items.with_columns(pl.Series(COUNT, counts[items[run.item_feature].to_numpy()]))

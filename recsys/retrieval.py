@@ -63,7 +63,7 @@ class Ranking:
 
     folder: Path
     schema: Schema
-    cuts: Cuts = Cuts()
+    cuts: Cuts
     rank: int = 0
     world: int = 1
 
@@ -167,7 +167,8 @@ def measure(
         for queries_CD in part.split(max(1, _CHUNK // items)):
             stop = start + len(queries_CD)
             if scores.shape[0] != len(queries_CD):
-                scores = items_ID.new_empty(len(queries_CD), items + padding)  # used again: fresh memory costs as much as the sum
+                # Used again for the next chunk: fresh memory costs as much as the products.
+                scores = items_ID.new_empty(len(queries_CD), items + padding)
             torch.mm(queries_CD, transposed_DI, out=scores)
             scores[:, items:] = -torch.inf
             rows_X, seen_X = (torch.from_numpy(x).to(scores.device) for x in seen.of(start, stop))

@@ -134,9 +134,7 @@ def train(
     not one of `config.processes` (`recsys.processes` makes one).
     """
     arguments = (model_config, schema, fit, valid, config, folder)
-    pace = learn(
-        *arguments, device=device, identity=identity, warm=warm, item_counts=item_counts, on_step=on_step
-    )
+    pace = learn(*arguments, device=device, identity=identity, warm=warm, item_counts=item_counts, on_step=on_step)
     return outcome(folder, pace)
 
 
