@@ -33,8 +33,8 @@ def promote(run: Run, *, version: str | None = None, partition: str | None = Non
     """
     if run.retrieval is not None:
         raise ConfigError(
-            f"promote: the gate compares probabilities, and {run.model.name} gives none; evaluate it, and set the alias "
-            "in MLflow"
+            f"promote: the gate compares probabilities, and {run.model.name} gives none; measure it by `recsys "
+            "evaluate`, and set the alias in MLflow"
         )
     check_outputs(run)
     registry = registry_of(run)

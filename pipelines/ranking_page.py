@@ -34,8 +34,8 @@ def section(table: pl.DataFrame, retrieval: Retrieval) -> Html:
     return page.tag(
         "section",
         page.tag("h2", "Quality of the ranking"),
-        page.tag("p", f"Every one of {whole['items']:,} items ranked for {whole['users']:,} users, without what they had "
-                 f"seen before. Of what they should get, {whole['recall'] or 0:.1%} is among the first {whole['k']}."),
+        page.tag("p", f"All {whole['items']:,} items ranked for {whole['users']:,} users, without what they had seen "
+                 f"before. Of what they should get, {whole['recall'] or 0:.1%} is among the first {whole['k']}."),
         *parts,
         page.tag("p", f"Head: the {retrieval.head:.0%} of the items in training with the most rows; torso: the next "
                  f"{retrieval.torso:.0%}; tail: the others; cold: not in training at all. A slice counts its own items "
