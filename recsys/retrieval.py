@@ -202,7 +202,7 @@ def _count(
         inside_X = np.ones(len(items_X), np.bool_) if name == "all" else slices_I[items_X] == SLICES.index(name)
         within_CK = hit_CK if name == "all" else hit_CK & (slices_I[top_CK] == SLICES.index(name))
         number_C = np.bincount(rows_X[inside_X], minlength=queries)
-        top_C = np.full(queries, -np.inf, dtype=np.float32)
+        top_C = np.full(queries, -np.inf, dtype=best_CK.dtype)
         np.maximum.at(top_C, rows_X[inside_X], scores_X[inside_X])
         asked = np.flatnonzero(number_C)
         ranks = None if brief else _ranks(scores_CI, best_CK, top_C, asked)
@@ -224,7 +224,7 @@ def _top(scores_CI: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _ranks(
-    scores_CI: Tensor, best_CK: NDArray[np.float32], score_C: NDArray[np.float32], asked: NDArray[np.int64]
+    scores_CI: Tensor, best_CK: NDArray[np.floating], score_C: NDArray[np.floating], asked: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """How many items have at least the score given for each of the rows `asked`."""
     found = (best_CK[asked] >= score_C[asked, None]).sum(1)
