@@ -226,11 +226,17 @@ class Source:
         return derived.with_columns(*named, pl.coalesce(faults).alias(REASON))
 
     def items(self, files: Files) -> pl.LazyFrame:
-        """Every row of a table of items, joined with those of the tables whose key it has."""
+        """Every row of a table of items, with the columns of those of the tables whose key it has.
+
+        It may be one of these tables itself: a column that both have is taken as the log has it.
+        """
         frame = _scan(files, _expand(files))
         for table in self.tables:
-            if set(table.on) <= set(frame.collect_schema().names()):
-                frame = _join(frame, table, self.data.time)
+            present = frame.collect_schema().names()
+            if set(table.on) <= set(present):
+                taken = table.columns or _scan(table, _expand(table)).collect_schema().names()
+                given = {table.prefix + c for c in taken if c not in table.on}
+                frame = _join(frame.drop(c for c in present if c in given), table, self.data.time)
         return frame
 
     def undated(self) -> int:

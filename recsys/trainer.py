@@ -309,12 +309,14 @@ def _measure(
     if isinstance(valid, Ranking):
         assert isinstance(model, TwoTower)
         table = rank_items(lambda stream: (x for x, _ in passed(module, stream, device)), model, valid, brief=True)
+        if table.is_empty():
+            return {}
         measured = {
             f"{name}_{k}": value
             for k, recall, ndcg in table.select("k", "recall", "ndcg").iter_rows()
             for name, value in (("recall", recall), ("ndcg", ndcg))
         }
-        return {"objective": -measured[f"{config.monitor}_{valid.cuts.k[0]}"], **measured} if measured else {}
+        return {"objective": -measured[f"{config.monitor}_{valid.cuts.k[0]}"], **measured}
     scored = predict(module, model, valid, device)
     return _measure_scored(scored, model, config) if dist.get_rank() == 0 else {}
 

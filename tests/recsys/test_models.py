@@ -1254,7 +1254,7 @@ def test_each_vector_is_of_its_side(name: str, examples: Any) -> None:
 
 def test_popular_items_are_corrected_for_by_their_counts(examples: Any) -> None:
     config = RETRIEVAL["two-tower"].model_copy(update={"log_q": True})
-    model, schema, _, batch = towers_of(config, examples, 60)
+    model, _, _, batch = towers_of(config, examples, 60)
     found_BL = logits(model, batch)
     with pytest.raises(ConfigError, match=r"model\.log_q = true needs the items' counts"):
         model.loss(found_BL, batch.labels_BT)
