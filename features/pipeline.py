@@ -25,7 +25,7 @@ from base.errors import ArtefactError, ConfigError, DataError
 from base.storage import Staging, dump_json
 from features.columns import Kind, check_kind, kind_of, require, roots_of, sql
 from features.schema import Dense, Schema, Sparse
-from features.transforms import AnyTransform, Today
+from features.transforms import UNKNOWN, AnyTransform, Today
 
 RECIPE = "recipe.json"
 COUNTS = "counts.json"
@@ -229,8 +229,29 @@ class FittedPipeline:
     def sparse(self) -> tuple[Sparse, ...]:
         return tuple(f for f in self._fields() if isinstance(f, Sparse))
 
+    def only(self, names: Sequence[str]) -> "FittedPipeline":
+        """The part of it that makes the features `names`, from the raw columns that they read."""
+        kept = [i for i, t in enumerate(self.recipe.transforms) if t.output in names]
+        recipe = FeaturePipeline(tuple(self.recipe.transforms[i] for i in kept), self.recipe.derive)
+        learned = tuple(self.learned[i] for i in kept)
+        return FittedPipeline(recipe, learned, self.kinds, self.day)
+
+    def counts_of(self, name: str) -> NDArray[np.int64]:
+        """By id of the vocabulary feature `name`, how often it was counted; row 0: all values without an id."""
+        (place,) = (i for i, t in enumerate(self.recipe.transforms) if t.output == name)
+        table = self.learned[place]
+        ids = table["id"].fill_null(UNKNOWN).to_numpy()
+        rows = 1 + table["id"].count()
+        return np.bincount(ids, weights=table["count"].to_numpy(), minlength=rows).astype(np.int64)
+
     def schema(
-        self, keys: Sequence[str], labels: Sequence[str], *, funnel: Sequence[str] = (), negative_rate: float = 1.0
+        self,
+        keys: Sequence[str],
+        labels: Sequence[str],
+        *,
+        funnel: Sequence[str] = (),
+        negative_rate: float = 1.0,
+        item: str | None = None,
     ) -> Schema:
         """The contract of examples made by this pipeline."""
         return Schema(
@@ -240,6 +261,7 @@ class FittedPipeline:
             labels=tuple(labels),
             funnel=tuple(funnel),
             negative_rate=negative_rate,
+            item=item,
         )
 
     def transform(self, frame: pl.LazyFrame, keep: Sequence[str] = ()) -> pl.LazyFrame:

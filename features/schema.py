@@ -63,6 +63,9 @@ class Schema(Config):
     negative_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the rows without the first label that training keeps; probabilities are corrected for it."""
 
+    item: str | None = None
+    """In retrieval, the sparse feature that tells items apart: it has a row for each that was trained on."""
+
     @property
     def sampled_label(self) -> str:
         """The label whose negatives are down-sampled: the first of the funnel."""

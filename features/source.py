@@ -20,14 +20,15 @@ from features.columns import explained, kind_of, require, sql
 from features.readers.coat import FILES as COAT_FILES
 from features.readers.coat import read_coat
 from features.readers.criteo import read_criteo
+from features.readers.interactions import read_interactions
 from features.readers.movielens import read_movielens_1m
 from features.schema import carried
-from features.split import Day, EachDay, RandomSplit, Split, days_of, names_of, rows_of
+from features.split import Day, EachDay, PerUserSplit, RandomSplit, Split, days_of, names_of, rows_of
 
 REASON = "__reason"
 """Why a row is set aside; null for a good one."""
 
-Format = Literal["parquet", "csv", "criteo", "movielens-1m", "coat"]
+Format = Literal["parquet", "csv", "criteo", "movielens-1m", "coat", "interactions"]
 Type = Literal["integer", "float", "text", "boolean"]
 _TYPES: dict[Type, pl.DataType] = {
     "integer": pl.Int64(),
@@ -182,6 +183,8 @@ class Source:
         require(self.data.key, present, "data.key")
         if isinstance(self.data.split, RandomSplit) and self.data.split.by:
             require(self.data.split.by, present, "data.split.by")
+        if isinstance(self.data.split, PerUserSplit):
+            require([self.data.split.per_user], present, "data.split.per_user")
         frame = rows_of(self.data.split, frame, partition, day=self._day(frame), key=self.data.key)
         for table in self.tables:
             frame = _join(frame, table, self.data.time)
@@ -222,6 +225,20 @@ class Source:
         named = (value.alias(carried(name)) for name, value in labels.items())
         return derived.with_columns(*named, pl.coalesce(faults).alias(REASON))
 
+    def items(self, files: Files) -> pl.LazyFrame:
+        """Every row of a table of items, with the columns of those of the tables whose key it has.
+
+        It may be one of these tables itself: a column that both have is taken as the log has it.
+        """
+        frame = _scan(files, _expand(files))
+        for table in self.tables:
+            present = frame.collect_schema().names()
+            if set(table.on) <= set(present):
+                taken = table.columns or _scan(table, _expand(table)).collect_schema().names()
+                given = {table.prefix + c for c in taken if c not in table.on}
+                frame = _join(frame.drop(c for c in present if c in given), table, self.data.time)
+        return frame
+
     def undated(self) -> int:
         """Rows whose time is missing, which therefore belong to no day."""
         time = self.data.time
@@ -240,13 +257,17 @@ class Source:
     def fingerprint(self, partition: str) -> dict[str, str]:
         """Identity of the raw files behind a partition: path, number and content hash."""
         files = self._files_of(partition)
+        return {"path": self.data.path, "files": str(len(files)), "sha256": self._hash_with_tables(files)}
+
+    def fingerprint_of(self, files: Files) -> str:
+        """Content hash of a table of items and of the tables that may be joined to it."""
+        return self._hash_with_tables(_expand(files))
+
+    def _hash_with_tables(self, files: Sequence[Path]) -> str:
         digest = hashlib.sha256()
-        for file in files:
+        for file in (*files, *(f for table in self.tables for f in _expand(table))):
             digest.update(_content_hash(str(file), file.stat().st_size, file.stat().st_mtime_ns).encode())
-        for table in self.tables:
-            for file in _expand(table):
-                digest.update(_content_hash(str(file), file.stat().st_size, file.stat().st_mtime_ns).encode())
-        return {"path": self.data.path, "files": str(len(files)), "sha256": digest.hexdigest()}
+        return digest.hexdigest()
 
     @cached_property
     def _files(self) -> tuple[Path, ...]:
@@ -372,6 +393,8 @@ def _scan_files(config: Files, files: list[Path]) -> pl.LazyFrame:
             return _scan_csv(config, files)
         case "criteo":
             return read_criteo(files, config.row_number)
+        case "interactions":
+            return read_interactions(files)
         case "movielens-1m" | "coat":
             raise ConfigError(f"format {format} reads one folder")
         case _:

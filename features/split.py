@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from base.config import Config
 from base.errors import ConfigError
+from features.columns import sql
 from features.transforms import xxhash64
 
 Role = Literal["train", "valid", "test"]
@@ -77,7 +78,37 @@ class RandomSplit(Config):
         return self
 
 
+class PerUserSplit(Config):
+    """Shares of each user's rows, in the order of a seeded hash of the key: every part has almost its share of each.
+
+    The first row is a training row. `where` takes no part in it: the shares are those of all rows.
+    """
+
+    per_user: str
+    """The column of the user."""
+    train: Annotated[float, Field(gt=0, lt=1)]
+    valid: Annotated[float, Field(gt=0, lt=1)]
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    test_where: str | None = None
+    """A SQL expression: these are the test rows, and the shares are those of the others."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+
+    @property
+    def by_day(self) -> bool:
+        return False
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.test and self.test_where is not None:
+            raise ValueError("test and test_where exclude each other: the test rows are drawn, or named")
+        if self.train + self.valid + self.test > 1 + 1e-9:
+            raise ValueError(f"shares add up to {self.train + self.valid + self.test:g}; they may not exceed 1")
+        return self
+
+
 def _kind(value: Any) -> str:
+    if isinstance(value, PerUserSplit) or (isinstance(value, dict) and "per_user" in value):
+        return "per_user"
     train: Any = value.get("train") if isinstance(value, dict) else getattr(value, "train", None)  # pyright: ignore
     if isinstance(value, EachDay) or (isinstance(value, dict) and value and not any(value.values())):  # pyright: ignore
         return "each"
@@ -85,7 +116,10 @@ def _kind(value: Any) -> str:
 
 
 Split = Annotated[
-    Annotated[DaySplit, Tag("days")] | Annotated[RandomSplit, Tag("random")] | Annotated[EachDay, Tag("each")],
+    Annotated[DaySplit, Tag("days")]
+    | Annotated[RandomSplit, Tag("random")]
+    | Annotated[PerUserSplit, Tag("per_user")]
+    | Annotated[EachDay, Tag("each")],
     Discriminator(_kind),
 ]
 
@@ -105,7 +139,7 @@ def names_of(split: Split, role: Role) -> list[str]:
     """Partition names of a role, in order; empty if the split has none. Raises ConfigError if there are no roles."""
     if isinstance(split, EachDay):
         raise ConfigError("data.split is not given: name the days or shares of train, valid and test, or pass --day")
-    share = getattr(split, role)
+    share = getattr(split, role) or (role == "test" and isinstance(split, PerUserSplit) and split.test_where)
     if not share:
         return []
     return [f"day={day}" for day in days_of(share)] if isinstance(split, DaySplit) else [f"split={role}"]
@@ -116,7 +150,7 @@ def rows_of(
 ) -> pl.LazyFrame:
     """The rows of one partition. Raises ConfigError if the name is not one that this split gives."""
     name, _, value = partition.partition("=")
-    if not isinstance(split, RandomSplit):
+    if isinstance(split, DaySplit | EachDay):
         if name != "day" or day is None:
             raise ConfigError(f"partition {partition!r}: this log is split by day; write day=2026-03-01")
         try:
@@ -127,7 +161,27 @@ def rows_of(
     bounds["test"] = (bounds["valid"][1], bounds["valid"][1] + split.test)
     if name != "split" or value not in bounds:
         raise ConfigError(f"partition {partition!r}: this log is split at random; write split=train, =valid or =test")
+    if isinstance(split, PerUserSplit):
+        return _rows_per_user(split, frame, value, bounds[value], key)
     low, high = (round(b * 2**32) for b in bounds[value])
-    joint = pl.concat_str([pl.col(c).cast(pl.String) for c in split.by or key], separator="\x1f", ignore_nulls=True)
-    draw = xxhash64(joint, split.seed) // 2**32
+    draw = _draw(split.by or key, split.seed) // 2**32
     return frame.filter((draw >= low) & (draw < high))
+
+
+def _rows_per_user(
+    split: PerUserSplit, frame: pl.LazyFrame, role: str, bounds: tuple[float, float], key: Sequence[str]
+) -> pl.LazyFrame:
+    if split.test_where is not None:
+        named = sql(split.test_where, where="data.split.test_where").fill_null(False)
+        if role == "test":
+            return frame.filter(named)
+        frame = frame.filter(~named)
+    rows = pl.len().over(split.per_user)
+    low, high = ((share * rows + 0.5).floor() for share in bounds)  # the nearest whole numbers of rows
+    place = _draw(key, split.seed).rank("ordinal").over(split.per_user)
+    return frame.filter((place > low) & (place <= high))
+
+
+def _draw(columns: Sequence[str], seed: int) -> pl.Expr:
+    joint = pl.concat_str([pl.col(c).cast(pl.String) for c in columns], separator="\x1f", ignore_nulls=True)
+    return xxhash64(joint, seed)

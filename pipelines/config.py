@@ -1,5 +1,6 @@
 """A run file: everything that one model, from log to scores, is decided by."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -9,12 +10,16 @@ from base.config import Config
 from base.errors import ConfigError
 from features.pipeline import FittedPipeline
 from features.schema import Schema
+from features.source import Files
+from features.transforms import Vocabulary
 from pipelines.settings import FeatureRun
 from recsys.calibration import Method
 from recsys.device import DeviceName
 from recsys.gate import Gates
 from recsys.models import ModelConfig
 from recsys.models.funnel import FunnelConfig, require_funnel
+from recsys.models.two_tower import TwoTowerConfig
+from recsys.retrieval import Cuts
 from recsys.sparsity.config import Sparsity
 from recsys.trainer import TrainConfig
 from serving.drift import Checks
@@ -77,6 +82,22 @@ class Calibration(Config):
     """By default all. Each is calibrated by itself, so that a product need not stay one."""
 
 
+class Retrieval(Cuts):
+    """Who asks for items, which items there are, and how rankings of them are measured."""
+
+    user: str
+    """Raw column of the user."""
+    item: str
+    """Raw column of the item; a vocabulary feature of it counts the items and tells them apart."""
+    items: Annotated[Files | None, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)] = None
+    """The corpus, a row per item, to which [[tables]] are joined; by default the items of the log, up to those that
+    are measured."""
+
+    @property
+    def cuts(self) -> Cuts:
+        return Cuts(k=self.k, head=self.head, torso=self.torso)
+
+
 class Registry(Config):
     """Where MLflow is."""
 
@@ -97,6 +118,7 @@ class Run(FeatureRun):
     train: TrainConfig = TrainConfig()
     sparsity: Sparsity | None = None
     """Tables of which only a share of the weights exists; by default they are dense."""
+    retrieval: Retrieval | None = None
     sampling: Sampling = Sampling()
     calibrate: Calibration | None = None
     device: DeviceName = "auto"
@@ -128,6 +150,43 @@ class Run(FeatureRun):
         return self
 
     @model_validator(mode="after")
+    def _retrieval_fits(self) -> Self:
+        of_ranking = self.train.monitor in ("recall", "ndcg")
+        if not isinstance(self.model, TwoTowerConfig):
+            if self.retrieval is not None or of_ranking:
+                what = "retrieval" if self.retrieval else f'train.monitor = "{self.train.monitor}"'
+                raise ConfigError(f'{what} is of two-tower models; model.name is "{self.model.name}"')
+            return self
+        if self.retrieval is None:
+            raise ConfigError('model.name = "two_tower" needs [retrieval]: user = "…", item = "…"')
+        if not of_ranking:
+            raise ConfigError(
+                f'train.monitor = "{self.train.monitor}": a two-tower model is measured by "recall" or "ndcg"'
+            )
+        unfit = {
+            "sampling.negative_rate": self.sampling != Sampling(),
+            "calibrate": self.calibrate is not None,
+            "evaluate": self.evaluate != Evaluation(),
+        }
+        if given := [name for name, is_given in unfit.items() if is_given]:
+            raise ConfigError(f"{given[0]} speaks of probabilities, and a two-tower model gives none; leave it out")
+        _ = self.item_feature
+        return self
+
+    @property
+    def item_feature(self) -> str:
+        """Name of the feature that tells items apart and counts them. Raises ConfigError if there is none."""
+        assert self.retrieval is not None
+        column = self.retrieval.item
+        for t in self.features:
+            if isinstance(t, Vocabulary) and t.column == column and t.min_count == 1 and not (t.is_bag or t.max_size):
+                return t.output
+        raise ConfigError(
+            f'retrieval.item = "{column}": give it a feature with kind = "vocabulary" and min_count = 1, which tells '
+            "items apart and counts them; model.item need not name it"
+        )
+
+    @model_validator(mode="after")
     def _checks_fit(self) -> Self:
         if self.checks.overrides:
             features = tuple(t.output for t in self.features)
@@ -137,7 +196,8 @@ class Run(FeatureRun):
     def schema_of(self, fitted: FittedPipeline) -> Schema:
         """The contract of this run's examples."""
         rate = self.sampling.negative_rate
-        return fitted.schema(self.data.key, self.labels, funnel=self.data.funnel, negative_rate=rate)
+        item = None if self.retrieval is None else self.item_feature
+        return fitted.schema(self.data.key, self.labels, funnel=self.data.funnel, negative_rate=rate, item=item)
 
     @property
     def tracking_uri(self) -> str:
@@ -163,6 +223,11 @@ class Run(FeatureRun):
 
     def evaluation_path(self, partition: str) -> Path:
         return self.folder / "evaluation" / partition
+
+    def ranking_path(self, partitions: Sequence[str]) -> Path:
+        """What a retrieval model is asked about partitions."""
+        ends = dict.fromkeys((partitions[0], partitions[-1]))
+        return self.output / "rankings" / (self.name or self.model.name) / "..".join(ends)
 
     def gate_path(self, partition: str) -> Path:
         """Of the last verdict on a version of this model."""

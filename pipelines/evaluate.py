@@ -1,24 +1,31 @@
 """evaluate: raw held-out rows through a bundle; every metric, whole and by slice."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlflow
 import polars as pl
 
-from base.storage import publish, resolve
+from base.storage import publish, resolve, version_name
 from features.schema import Output
 from pipelines.config import Run
 from pipelines.measure import check_outputs, held_out, measure, scored_table
+from pipelines.rankings import ranking_of, write_ranking
 from pipelines.tracking import registry_of
 from recsys import metrics
 from recsys.bundle import Bundle
 from recsys.device import pick_device
+from recsys.models.two_tower import TwoTower
+from recsys.retrieval import Ranking, rank_items
+from recsys.trainer import passed
 
 
 def evaluate(run: Run, *, partition: str | None = None) -> pl.DataFrame:
     """Measure the run's bundle on held-out raw rows; publish the scored table and the metrics, log them to MLflow."""
     check_outputs(run)
     bundle = Bundle.load(run.bundle_path).to(pick_device(run.device))
+    if run.retrieval is not None:
+        return record_ranking(run, bundle, held_out(run, partition), partition or "test")
     return record(run, bundle, scored_table(run, bundle, held_out(run, partition)), partition or "test")
 
 
@@ -40,12 +47,39 @@ def record(run: Run, bundle: Bundle, scored: pl.DataFrame, name: str) -> pl.Data
     return table
 
 
+def record_ranking(run: Run, bundle: Bundle, partitions: Sequence[str], name: str) -> pl.DataFrame:
+    """The same of a retrieval model: full ranking for the users of `partitions`."""
+    write_ranking(run, bundle.features, partitions, overwrite=True, say=lambda _: None)
+    ranking = ranking_of(run, bundle.features, partitions)
+    table = rank_with(bundle, ranking)
+    with publish(run.evaluation_path(name), "evaluation", overwrite=True, keep=3) as staging:
+        table.write_parquet(staging / "metrics.parquet")
+        staging.about.update(bundle=bundle.version, partition=name, ranking=version_name(ranking.folder))
+    registry = registry_of(run)
+    with registry.run(registry.run_of_training(bundle.version)):
+        for row in table.iter_rows(named=True):
+            prefix = f"{name.replace('=', '_')}.{row['slice']}"
+            values = {f"{prefix}.{m}_{row['k']}": row[m] for m in ("recall", "ndcg", "map", "coverage")}
+            values[f"{prefix}.mrr"] = row["mrr"]
+            mlflow.log_metrics({key: value for key, value in values.items() if value is not None})
+        mlflow.log_artifact(str(resolve(run.evaluation_path(name)) / "metrics.parquet"), "evaluation")
+    return table
+
+
+def rank_with(bundle: Bundle, ranking: Ranking) -> pl.DataFrame:
+    """The metrics of a bundle's model, as `recsys.retrieval.rank_items` gives them."""
+    assert isinstance(bundle.model, TwoTower)
+    bundle.model.eval()
+    return rank_items(lambda s: (x for x, _ in passed(bundle.model, s, bundle.device)), bundle.model, ranking)
+
+
 def _named(output: Output, space: str) -> list[str]:
     """A metric of a conditional probability says of which rows it speaks."""
     return [] if output.given is None else [space.replace(" ", "_")]
 
 
 def evaluation_of(run: Run, partition: str | None = None) -> tuple[pl.DataFrame, pl.DataFrame, Path]:
-    """The published scored table and metrics of a run."""
+    """The published scored table, which a retrieval model has not, and metrics of a run."""
     folder = resolve(run.evaluation_path(partition or "test"), "evaluation")
-    return pl.read_parquet(folder / "scored.parquet"), pl.read_parquet(folder / "metrics.parquet"), folder
+    scored = pl.read_parquet(folder / "scored.parquet") if run.retrieval is None else pl.DataFrame()
+    return scored, pl.read_parquet(folder / "metrics.parquet"), folder

@@ -62,7 +62,14 @@ def truth_of(run: Run, question: Output) -> str | None:
 
 def check_outputs(run: Run) -> None:
     """Raises ConfigError where a setting names an output that the model will not give, before hours of training."""
-    probe = Schema(keys=(), dense=(), sparse=(Sparse(name="any", rows=1),), labels=run.labels, funnel=run.data.funnel)
+    probe = Schema(
+        keys=(),
+        dense=(),
+        sparse=tuple(Sparse(name=t.output, rows=1) for t in run.features),
+        labels=run.labels,
+        funnel=run.data.funnel,
+        item=None if run.retrieval is None else run.item_feature,
+    )
     outputs = {o.name: o for o in build_model(run.model, probe, table_device="meta").outputs}
     named = {
         "evaluate.truth": run.evaluate.truth,

@@ -10,6 +10,7 @@ from features.pipeline import FittedPipeline
 from pipelines.config import Run
 from pipelines.examples import check_rows, good_rows, limit_bad, log_of, whole, write_examples
 from pipelines.measure import check_outputs
+from pipelines.rankings import write_ranking
 
 
 def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = print) -> FittedPipeline:
@@ -42,6 +43,8 @@ def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = p
     for partition in counts:
         target = run.examples_path(partition)
         write_examples(run, fitted, partition, target, counts[partition], overwrite=overwrite, say=say)
+    if run.retrieval is not None:
+        write_ranking(run, fitted, source.partitions("valid"), overwrite=overwrite, say=say)
     return fitted
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 import mlflow
 import polars as pl
 
-from base.errors import DataError, RegistryError, Superseded
+from base.errors import ConfigError, DataError, RegistryError, Superseded
 from base.storage import read_manifest, resolve
 from pipelines.config import Run
 from pipelines.evaluate import record
@@ -31,6 +31,11 @@ def promote(run: Run, *, version: str | None = None, partition: str | None = Non
     Raises RegistryError if another version has become champion meanwhile, Superseded if the champion has learned from
     later days than the candidate, DataError if either has learned from the day.
     """
+    if run.retrieval is not None:
+        raise ConfigError(
+            f"promote: the gate compares probabilities, and {run.model.name} gives none; measure it by `recsys "
+            "evaluate`, and set the alias in MLflow"
+        )
     check_outputs(run)
     registry = registry_of(run)
     candidate = _candidate(run, registry, version)

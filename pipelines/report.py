@@ -23,7 +23,7 @@ from base.storage import dump_json, is_published, publish, read_manifest, resolv
 from features.schema import Output
 from features.source import REASON
 from features.transforms import UNKNOWN
-from pipelines import drift_page, judgement, page, plots, tasks_page
+from pipelines import drift_page, judgement, page, plots, ranking_page, tasks_page
 from pipelines.config import Run
 from pipelines.evaluate import evaluation_of
 from pipelines.line import Line
@@ -64,7 +64,7 @@ def report(run: Run, *, partition: str | None = None) -> Path:
     sections = [
         _heading(facts, _registered(run, registry.versions_of_run(run_id))),
         tasks_page.funnel(run, facts.bundle, facts.scored, drawn),
-        *(_quality(facts, output, drawn) for output in questions(run, facts.bundle.outputs)),
+        *_qualities(facts, drawn),
         judgement.section(run.gate_path(partition or "test"), facts.bundle.version, drawn),
         tasks_page.experts(facts.bundle, facts.sample, drawn),
         _how_it_learned(facts, drawn),
@@ -98,8 +98,11 @@ class _Facts:
     partitions: Sequence[str]
     """Whose rows were measured."""
     scored: pl.DataFrame
+    """Empty for a retrieval model."""
+    measured: int
+    """Held-out rows, or of a retrieval model users."""
     table: pl.DataFrame
-    """The metrics, as `metrics.evaluate` gives them."""
+    """The metrics, as `metrics.evaluate` or `retrieval.rank_items` gives them."""
     sample: pl.DataFrame
     """Examples: up to SAMPLE_ROWS held-out rows as the model sees them."""
 
@@ -122,6 +125,8 @@ def _gather(run: Run, partition: str | None) -> _Facts:
             f"{target}: is of bundle {measured}, but the run's bundle is {bundle.version}; run `recsys evaluate` again"
         )
     missing = sorted(set(run.evaluate.columns) - set(scored.columns) | set(run.evaluate.slices) - set(table["slice"]))
+    if run.retrieval is not None and set(run.retrieval.k) != set(table["k"]):
+        raise ArtefactError(f"{target}: was measured at other retrieval.k; run `recsys evaluate` again")
     if missing:
         raise ArtefactError(
             f"{target}: was measured without {missing[0]!r}, which [evaluate] names now; run `recsys evaluate` again"
@@ -133,13 +138,14 @@ def _gather(run: Run, partition: str | None) -> _Facts:
             if scored[column].dtype.is_nested():
                 raise ConfigError(f"evaluate.pairs: {column!r} holds lists; name a column of single values")
     partitions = held_out(run, partition)
-    return _Facts(run, bundle, partitions, scored, table, _sample(run, bundle, partitions, scored.height))
+    measured = scored.height if run.retrieval is None else table["users"][0]
+    return _Facts(run, bundle, partitions, scored, measured, table, _sample(run, bundle, partitions))
 
 
-def _sample(run: Run, bundle: Bundle, partitions: Sequence[str], rows: int) -> pl.DataFrame:
-    raw = [run.source.checked(p).filter(pl.col(REASON).is_null()).select(bundle.inputs) for p in partitions]
-    every = max(1, math.ceil(rows / SAMPLE_ROWS))
-    return bundle.features.transform(pl.concat(raw).gather_every(every)).collect()
+def _sample(run: Run, bundle: Bundle, partitions: Sequence[str]) -> pl.DataFrame:
+    raw = pl.concat(run.source.checked(p).filter(pl.col(REASON).is_null()).select(bundle.inputs) for p in partitions)
+    rows = raw.select(pl.len()).collect(engine="streaming").item()
+    return bundle.features.transform(raw.gather_every(max(1, math.ceil(rows / SAMPLE_ROWS)))).collect()
 
 
 def _registered(run: Run, versions: Sequence[int]) -> str:
@@ -171,7 +177,7 @@ def _heading(facts: _Facts, registered: str) -> page.Html:
             "p",
             f"{model}bundle ",
             page.tag("code", facts.bundle.version),
-            f", {registered}. Measured on {facts.scored.height:,} held-out rows of ",
+            f", {registered}. Measured on {facts.measured:,} {'held-out rows' if facts.scored.height else 'users'} of ",
             page.tag("code", facts.run.data.path),
             f", {', '.join(partitions)}.",
         ),
@@ -186,7 +192,10 @@ def _how_it_learned(facts: _Facts, drawn: list[Plot]) -> page.Html:
     curve = [(float(done), float(loss)) for done, loss in facts.bundle.metrics.get("curve", [])]
     train_loss = {"training": curve} if curve else {}
     figures: list[page.Html] = []
-    for output in outputs:
+    if facts.run.retrieval is not None:
+        figures = ranking_page.learning(history, best, facts.run.retrieval.k[0], drawn)
+        figures.append(page.figure(drawn, plots.loss_curve("epochs-loss", curve), "Training loss"))
+    for output in outputs if facts.run.retrieval is None else ():
         loss, auc = (
             [(e["epoch"], e.get(f"{output.name}.{m}", math.nan)) for e in history] for m in ("log_loss", "auc")
         )
@@ -210,6 +219,14 @@ def _how_it_learned(facts: _Facts, drawn: list[Plot]) -> page.Html:
 
 
 # Quality
+
+
+def _qualities(facts: _Facts, drawn: list[Plot]) -> Iterator[page.Html]:
+    if facts.run.retrieval is not None:
+        yield ranking_page.section(facts.table, facts.run.retrieval)
+        return
+    for output in questions(facts.run, facts.bundle.outputs):
+        yield _quality(facts, output, drawn)
 
 
 def _quality(facts: _Facts, output: Output, drawn: list[Plot]) -> page.Html:
@@ -602,7 +619,7 @@ def _data(facts: _Facts) -> list[list[str]]:
             else:
                 found.append([role, partition, "", "", "its examples are gone, or were made again by other features"])
     for partition in facts.partitions:
-        rows = f"{facts.scored.height:,}" if len(facts.partitions) == 1 else ""
+        rows = f"{facts.measured:,}" if len(facts.partitions) == 1 else ""
         found.append(["measured", partition, rows, "", page.tag("code", run.source.fingerprint(partition)["sha256"])])
     return found
 

@@ -60,6 +60,7 @@ class FeatureRun(Config):
     model: Any
     train: Any = None
     sparsity: Any = None
+    retrieval: Any = None
     sampling: Any = None
     calibrate: Any = None
     device: Any = None

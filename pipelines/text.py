@@ -10,7 +10,9 @@ _COLUMNS = ("auc", "log_loss", "normalized_entropy", "calibration_ratio", "ece",
 
 
 def metrics_table(evaluation: pl.DataFrame) -> str:
-    """One line per output and slice."""
+    """One line per output and slice; of rankings, per slice and number of items shown."""
+    if "recall" in evaluation.columns:
+        return _ranking_table(evaluation)
     head = ["output", "measured on", "slice", "rows", "AUC", "log loss", "NE", "calibration", "ECE", "user AUC"]
     rows = [
         [r["output"], r["space"], "all" if r["slice"] == "all" else f"{r['slice']} = {r['value']}", f"{r['rows']:,}"]
@@ -18,6 +20,16 @@ def metrics_table(evaluation: pl.DataFrame) -> str:
         for r in evaluation.iter_rows(named=True)
     ]
     return aligned([head, *rows], left=3)
+
+
+def _ranking_table(evaluation: pl.DataFrame) -> str:
+    head = ["items", "number", "users", "K", "recall", "NDCG", "MAP", "MRR", "coverage"]
+    rows = [
+        [r["slice"], f"{r['items']:,}", f"{r['users']:,}", str(r["k"])]
+        + ["-" if r[c] is None else f"{r[c]:.4f}" for c in ("recall", "ndcg", "map", "mrr", "coverage")]
+        for r in evaluation.iter_rows(named=True)
+    ]
+    return aligned([head, *rows], left=1)
 
 
 def findings_table(findings: Sequence[Finding]) -> str:

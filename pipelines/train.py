@@ -21,6 +21,7 @@ from pipelines.config import Run
 from pipelines.examples import examples_of
 from pipelines.measure import check_outputs, scored_table
 from pipelines.profile import reference_of
+from pipelines.rankings import ranking_of
 from pipelines.tracking import registry_of
 from recsys import processes
 from recsys.bundle import NOWHERE, Bundle, Origin, golden_rows, load_model
@@ -73,7 +74,12 @@ def fit_window(
         window=run.train.shuffle_window,
         sampled=True,
     )
-    valid = ExampleStream(tuple(examples_of(run, validation, fitted, path_of)), schema, run.train.batch_size)
+    counts = None
+    if run.retrieval is None:
+        valid = ExampleStream(tuple(examples_of(run, validation, fitted, path_of)), schema, run.train.batch_size)
+    else:
+        valid, counts = ranking_of(run, fitted, validation), fitted.counts_of(run.item_feature)
+        folders["ranking"] = valid.folder
     trained = processes.train(
         run.model,
         schema,
@@ -84,9 +90,10 @@ def fit_window(
         device=pick_device(run.device),
         sparsity=run.sparsity,
         identity=hashlib.sha256(dump_json({p: f.name for p, f in folders.items()})).hexdigest(),
+        item_counts=counts,
         on_step=on_step,
     )
-    return trained, {p: read_manifest(f).about for p, f in folders.items()}
+    return trained, {p: read_manifest(folders[p]).about for p in [*training, *validation]}
 
 
 def register(

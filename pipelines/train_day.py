@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from base.errors import DataError, Superseded
+from base.errors import ConfigError, DataError, Superseded
 from base.storage import dump_json, exclusive, is_published, publish, read_manifest, resolve, verify, version_name
 from features.pipeline import changed_rows
 from pipelines.config import Run
@@ -39,6 +39,8 @@ def train_day(run: Run, *, on_step: OnStep = lambda _: None, say: Say = print) -
 
     Raises Superseded if later days are trained already, ArtefactError or DataError if a day is not prepared.
     """
+    if run.retrieval is not None:
+        raise ConfigError(f"train --day: {run.model.name} is trained on a split alone; name one in data.split")
     check_outputs(run)
     registry = registry_of(run)  # first: hours of training should not end in a refused connection
     with exclusive(run.output / "training", say):

@@ -4,6 +4,8 @@ Names as in the papers on post-click conversion: o = click, r = conversion, p = 
 (propensity), q = predicted conversion probability given a click; δ = log loss of q against r.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -50,6 +52,47 @@ def mean(values_B: Tensor, where_B: Tensor, weight_B: Tensor | None = None) -> T
 def clicked_log_loss(q_logits_B: Tensor, o_B: Tensor, r_B: Tensor) -> Tensor:
     """Mean δ over clicked rows: conversion learned where it is seen; 0 in a batch without a click. Scalar."""
     return mean(cross_entropy(q_logits_B, r_B), (o_B == 1) & ~r_B.isnan())
+
+
+def in_batch_softmax(
+    queries_BD: Tensor, items_BD: Tensor, ids_B: Tensor, temperature: float, log_q_B: Tensor | None = None
+) -> Tensor:
+    """Mean -log softmax of each row's own item among the batch's, over <q, v> / τ - log q. Scalar.
+
+    Rows with the same item are no negatives of each other; without any negative, or without rows, it is 0.
+    Bengio and Senécal 2003; the correction is Yi et al.'s, RecSys 2019, equation 5.
+    """
+    if not len(ids_B):
+        return (queries_BD.sum() + items_BD.sum()) * 0
+    bias_B = items_BD.new_zeros(len(ids_B)) if log_q_B is None else -log_q_B.to(items_BD.dtype)
+    same_BB = (ids_B.unsqueeze(1) == ids_B).fill_diagonal_(False)
+    loss = _OwnOfAll.apply(queries_BD, items_BD, bias_B, same_BB, temperature)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+class _OwnOfAll(torch.autograd.Function):
+    """Mean log loss of each row's own column under softmax(Q Vᵀ / τ + bias), without the pairs in `same`.
+
+    By hand, in one matrix of B × B, where autograd makes six.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_BD: Tensor, v_BD: Tensor, bias_B: Tensor, same_BB: Tensor, temperature: float) -> Tensor:
+        x_BB = torch.addmm(bias_B, q_BD, v_BD.T, alpha=1 / temperature).masked_fill_(same_BB, -torch.inf)
+        own_B, top_B1 = x_BB.diagonal().clone(), x_BB.amax(1, keepdim=True)
+        total_B1 = x_BB.sub_(top_B1).exp_().sum(1, keepdim=True)
+        loss = (total_B1.log() + top_B1 - own_B.unsqueeze(1)).mean()
+        x_BB.div_(total_B1).diagonal().sub_(1)  # the loss's slope by each logit, times B
+        ctx.save_for_backward(q_BD, v_BD, x_BB)
+        ctx.scale = 1 / (temperature * len(q_BD))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q_BD, v_BD, slope_BB = ctx.saved_tensors
+        scale = gradients[0] * ctx.scale
+        return (slope_BB @ v_BD) * scale, (slope_BB.T @ q_BD) * scale, None, None, None
 
 
 # In the entire space. D: rows with known labels; n_B: how many impressions a row stands for, 1 unless non-clicks were

@@ -19,8 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from base.config import Config
 from base.errors import ConfigError, SetupError, UserError
@@ -31,6 +33,7 @@ from recsys.checkpoint import WarmStart
 from recsys.data import ExampleStream
 from recsys.device import CPU
 from recsys.models import ModelConfig
+from recsys.retrieval import Ranking
 from recsys.sparsity.config import Sparsity
 from recsys.tensors import load_tensors, save_tensors
 from recsys.trainer import Pace, Progress, TrainConfig, Trained
@@ -51,7 +54,7 @@ class Job(Config):
     model: ModelConfig
     contract: Schema
     fit: ExampleStream
-    valid: ExampleStream | None
+    valid: ExampleStream | Ranking | None
     train: TrainConfig
     folder: Path
     device: str
@@ -71,7 +74,7 @@ def train(
     model_config: ModelConfig,
     schema: Schema,
     fit: ExampleStream,
-    valid: ExampleStream | None,
+    valid: ExampleStream | Ranking | None,
     config: TrainConfig,
     folder: Path,
     *,
@@ -79,6 +82,7 @@ def train(
     identity: str = "",
     warm: WarmStart | None = None,
     sparsity: Sparsity | None = None,
+    item_counts: NDArray[np.int64] | None = None,
     on_step: Callable[[Progress], None] = lambda _: None,
 ) -> Trained:
     """`trainer.train` on as many processes as `config` says.
@@ -89,7 +93,7 @@ def train(
     if config.processes == 1:
         arguments = (model_config, schema, fit, valid, config, folder)
         options: Any = {"device": device, "identity": identity, "warm": warm, "sparsity": sparsity}
-        return trainer.train(*arguments, **options, on_step=on_step)
+        return trainer.train(*arguments, **options, item_counts=item_counts, on_step=on_step)
     if sparsity is not None:
         raise ConfigError(
             f"train.processes = {config.processes}: sparse tables are trained by one process; set it to 1, or leave "
@@ -118,6 +122,8 @@ def train(
     with publish(folder / "job", "job", overwrite=True, keep=1) as staging:
         (staging / "job.json").write_bytes(dump_json(job.model_dump(mode="json")))
         save_tensors(staging, "fresh", {} if warm is None else {n: torch.tensor(r) for n, r in warm.fresh.items()})
+        if item_counts is not None:
+            save_tensors(staging, "item_counts", {"counts": torch.from_numpy(item_counts)})
     return trainer.outcome(folder, _run(resolve(folder / "job", "job"), config, on_step))
 
 
@@ -258,6 +264,7 @@ def _learn(path: Path, rank: int) -> Pace:
         device=device,
         identity=job.identity,
         warm=warm,
+        item_counts=load_tensors(path / "item_counts")["counts"].numpy() if (path / "item_counts").is_dir() else None,
         on_step=(lambda progress: _tell(progress=asdict(progress))) if rank == 0 else lambda _: None,
     )
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
@@ -27,6 +28,8 @@ from recsys.device import CPU
 from recsys.distributed import Sharded, agree, join_process_group, reset_tables, shard, whole_batch
 from recsys.metrics import evaluate, headline
 from recsys.models import Model, ModelConfig, build_model
+from recsys.models.two_tower import TwoTower
+from recsys.retrieval import Ranking, rank_items
 from recsys.sparsity.config import Sparsity
 from recsys.sparsity.schedule import Mover
 from recsys.tensors import load_tensors
@@ -55,8 +58,11 @@ class TrainConfig(Config):
     """L2 in Adam (dense parameters only)."""
     decay_on_plateau: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Multiplies both learning rates after an evaluation without improvement."""
-    monitor: Literal["log_loss", "auc"] = "log_loss"
-    """Decides which weights are best and when to stop; the mean over outputs."""
+    monitor: Literal["log_loss", "auc", "recall", "ndcg"] = "log_loss"
+    """Decides which weights are best and when to stop; the mean over outputs. The last two are of retrieval models, at
+    the first of `retrieval.k`."""
+    evaluate_every: PositiveInt = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
     patience: PositiveInt = 2
     """Stop after so many evaluations in a row without improvement."""
     seed: NonNegativeInt = 0
@@ -116,7 +122,7 @@ def train(
     model_config: ModelConfig,
     schema: Schema,
     fit: ExampleStream,
-    valid: ExampleStream | None,
+    valid: ExampleStream | Ranking | None,
     config: TrainConfig,
     folder: Path,
     *,
@@ -124,9 +130,12 @@ def train(
     identity: str = "",
     warm: WarmStart | None = None,
     sparsity: Sparsity | None = None,
+    item_counts: NDArray[np.int64] | None = None,
     on_step: Callable[[Progress], None] = lambda _: None,
 ) -> Trained:
     """Train on `fit`, measure on `valid` after every epoch, return the best weights; without `valid`, the last.
+
+    `item_counts` are what a retrieval model's correction is taken from: the rows of each id of `schema.item`.
 
     `folder` holds the checkpoint; one whose configuration and data (`identity`) are the same is resumed. With `warm`
     training goes on from an earlier state instead of from nothing.
@@ -134,8 +143,8 @@ def train(
     not one of `config.processes` (`recsys.processes` makes one).
     """
     arguments = (model_config, schema, fit, valid, config, folder)
-    options: Any = {"device": device, "identity": identity, "warm": warm, "sparsity": sparsity, "on_step": on_step}
-    return outcome(folder, learn(*arguments, **options))
+    options: Any = {"device": device, "identity": identity, "warm": warm, "sparsity": sparsity}
+    return outcome(folder, learn(*arguments, **options, item_counts=item_counts, on_step=on_step))
 
 
 def outcome(folder: Path, pace: Pace) -> Trained:
@@ -152,7 +161,7 @@ def learn(
     model_config: ModelConfig,
     schema: Schema,
     fit: ExampleStream,
-    valid: ExampleStream | None,
+    valid: ExampleStream | Ranking | None,
     config: TrainConfig,
     folder: Path,
     *,
@@ -160,6 +169,7 @@ def learn(
     identity: str = "",
     warm: WarmStart | None = None,
     sparsity: Sparsity | None = None,
+    item_counts: NDArray[np.int64] | None = None,
     on_step: Callable[[Progress], None] = lambda _: None,
 ) -> Pace:
     """`train`, the outcome left in `folder`: what each rank of a process group does, all with the same arguments."""
@@ -179,6 +189,8 @@ def learn(
     model = build_model(model_config, schema, table_device="meta", sparsity=sparsity)
     adagrad = {"lr": config.table_learning_rate, "eps": config.table_eps}
     sharded = shard(model, device, adagrad, batch_size=config.batch_size)
+    if isinstance(model, TwoTower) and item_counts is not None:
+        model.count_items(torch.from_numpy(item_counts).to(device))
     optimizer = torch.optim.Adam(sharded.dense.values(), config.learning_rate, weight_decay=config.weight_decay)
     at = _agreed(checkpoint.position_of(folder) if rank == 0 else None)
     refuse_other_density(at, run, sparsity, folder)
@@ -234,15 +246,23 @@ def predict(module: Callable[..., Tensor], model: Model, stream: ExampleStream, 
     """A scored table of a stream: a probability per output and the labels, null where not known yet."""
     probabilities: list[Tensor] = []
     labels: list[Tensor] = []
-    with torch.no_grad():
-        for batch, rows in zip(stream.epoch(0), stream.batch_rows(0), strict=True):
-            logits_BL, labels_BT = _whole(module, batch.to(device), rows, stream.world)
-            probabilities.append(model.probabilities(logits_BL).cpu())
-            labels.append(labels_BT.cpu())
+    for logits_BL, labels_BT in passed(module, stream, device):
+        probabilities.append(model.probabilities(logits_BL).cpu())
+        labels.append(labels_BT.cpu())
     p_RO, y_RT = torch.cat(probabilities).double().numpy(), torch.cat(labels).numpy()
     scored = {o.name: p_RO[:, i] for i, o in enumerate(model.outputs)}
     known = {label: pl.Series(y_RT[:, i]).fill_nan(None) for i, label in enumerate(stream.schema.labels)}
     return pl.DataFrame(scored | known)
+
+
+def passed(
+    module: Callable[..., Tensor], stream: ExampleStream, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels of a stream's batches, without gradients; with several ranks of all of them together."""
+    for batch, rows in zip(stream.epoch(0), stream.batch_rows(0), strict=True):
+        with torch.no_grad():
+            found = _whole(module, batch.to(device), rows, stream.world)
+        yield found
 
 
 def _whole(module: Callable[..., Tensor], batch: Batch, rows: int, world: int) -> tuple[Tensor, Tensor]:
@@ -267,22 +287,24 @@ def _close_epoch(
     sharded: Sharded,
     optimizer: torch.optim.Optimizer,
     model: Model,
-    valid: ExampleStream | None,
+    valid: ExampleStream | Ranking | None,
     device: torch.device,
     folder: Path,
 ) -> Position:
     """Measure, keep the weights if they are the best so far, decide whether to go on."""
     epoch = at.epoch + 1
     entry = {"epoch": float(epoch), "step": float(at.step), "train_loss": at.epoch_loss / at.batch}
-    improved = True
-    if valid is not None:
+    improved, skipped = True, epoch % config.evaluate_every != 0 and epoch < config.epochs
+    if valid is not None and skipped:
+        improved = False
+    elif valid is not None:
         sharded.module.eval()
-        scored = predict(sharded.module, model, valid, device)
-        entry = agree(entry | _measure(scored, model, config) if dist.get_rank() == 0 else entry)
-        improved = entry["objective"] < min((h["objective"] for h in at.history), default=float("inf"))
+        entry = agree(entry | _measure(sharded.module, valid, model, config, device))
+        known = (h["objective"] for h in at.history if "objective" in h)
+        improved = entry["objective"] < min(known, default=float("inf"))
     moved = {"best": checkpoint.save_best(folder, sharded, optimizer), "best_epoch": epoch} if improved else {}
     faultpoint("trainer.best")
-    waited = 0 if improved else epoch - at.best_epoch
+    waited = 0 if improved or skipped else (epoch - at.best_epoch) // config.evaluate_every
     return at.model_copy(
         update={
             "epoch": epoch,
@@ -296,8 +318,31 @@ def _close_epoch(
     )
 
 
-def _measure(scored: pl.DataFrame, model: Model, config: TrainConfig) -> dict[str, float]:
-    """Exact metrics of every output on the validation rows, and the objective that they make."""
+def _measure(
+    module: Callable[..., Tensor],
+    valid: ExampleStream | Ranking,
+    model: Model,
+    config: TrainConfig,
+    device: torch.device,
+) -> dict[str, float]:
+    """Exact metrics on what is held out, and the objective that they make; on rank 0, which the others help."""
+    if isinstance(valid, Ranking):
+        assert isinstance(model, TwoTower)
+        table = rank_items(lambda stream: (x for x, _ in passed(module, stream, device)), model, valid, brief=True)
+        if table.is_empty():
+            return {}
+        measured = {
+            f"{name}_{k}": value
+            for k, recall, ndcg in table.select("k", "recall", "ndcg").iter_rows()
+            for name, value in (("recall", recall), ("ndcg", ndcg))
+        }
+        return {"objective": -measured[f"{config.monitor}_{valid.cuts.k[0]}"], **measured}
+    scored = predict(module, model, valid, device)
+    return _measure_scored(scored, model, config) if dist.get_rank() == 0 else {}
+
+
+def _measure_scored(scored: pl.DataFrame, model: Model, config: TrainConfig) -> dict[str, float]:
+    """Of every output on the validation rows."""
     evaluation = evaluate(scored, model.outputs)
     metrics = {o.name: headline(evaluation, o.name) for o in model.outputs}
     for output in model.outputs:

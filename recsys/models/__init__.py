@@ -17,12 +17,13 @@ from recsys.models.fm import FM, FMConfig
 from recsys.models.lr import LR, LRConfig
 from recsys.models.multitask import MultiTask, MultiTaskConfig
 from recsys.models.nise import NISE, NISEConfig
+from recsys.models.two_tower import TwoTower, TwoTowerConfig
 from recsys.sparsity.config import Sparsity
 
 _PerLabelConfig = AutoIntConfig | DCNConfig | FMConfig | LRConfig | MultiTaskConfig
 _FunnelConfig = ClickedConfig | DivisionConfig | ESCM2Config | ESMMConfig | NISEConfig
-ModelConfig = Annotated[_PerLabelConfig | _FunnelConfig, Field(discriminator="name")]
-Model = AutoInt | Clicked | DCN | Division | ESCM2 | ESMM | FM | LR | MultiTask | NISE
+ModelConfig = Annotated[_PerLabelConfig | _FunnelConfig | TwoTowerConfig, Field(discriminator="name")]
+Model = AutoInt | Clicked | DCN | Division | ESCM2 | ESMM | FM | LR | MultiTask | NISE | TwoTower
 
 
 def build_model(
@@ -51,5 +52,7 @@ def build_model(
             return MultiTask(config, schema, tables)
         case NISEConfig():
             return NISE(config, schema, tables)
+        case TwoTowerConfig():
+            return TwoTower(config, schema, tables)
         case _:
             assert_never(config)

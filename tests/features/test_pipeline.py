@@ -278,3 +278,24 @@ def test_a_damaged_recipe_is_refused(damage: str, tmp_path: Path) -> None:
         FittedPipeline.load(folder)
     assert str(folder) in str(raised.value)
     assert ("restore or fit again" if damage == "count" else "fit the features again") in str(raised.value)
+
+
+# Parts of a pipeline
+
+
+def test_a_part_makes_its_features_from_its_own_columns() -> None:
+    pipeline = FeaturePipeline(
+        (Vocabulary(column="user_id"), Vocabulary(column="tags", multi=True), Standardise(column="twice")),
+        {"twice": "price * 2"},
+    )
+    fitted = pipeline.fit(LOG.lazy())
+    part = fitted.only(["twice", "tags"])
+    assert part.recipe.inputs == ("price", "tags")
+    found = part.transform(LOG.select("price", "tags", "row").lazy(), keep=["row"]).collect()
+    assert_frame_equal(found, fitted.transform(LOG.lazy(), keep=["row"]).collect().drop("user_id"))
+
+
+def test_counts_by_id_are_those_of_the_rows() -> None:
+    fitted = FeaturePipeline((Vocabulary(column="tags", multi=True), Vocabulary(column="user_id", min_count=2)))
+    assert fitted.fit(LOG.lazy()).counts_of("tags").tolist() == [0, 2, 1]
+    assert fitted.fit(LOG.lazy()).counts_of("user_id").tolist() == [2, 2]  # b and c have no id of their own

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from base.config import Config, parse_config
 from base.errors import ConfigError
-from features.split import DaySplit, RandomSplit, Role, Split, days_of, names_of, rows_of
+from features.split import DaySplit, PerUserSplit, RandomSplit, Role, Split, days_of, names_of, rows_of
 
 ROWS = 20_000
 LOG = pl.DataFrame({"row": range(ROWS), "user": np.random.default_rng(0).integers(0, 500, ROWS)}).with_columns(
@@ -169,3 +169,62 @@ def test_a_partition_that_is_no_day_is_refused(partition: str) -> None:
 def test_a_partition_that_is_no_share_is_refused(partition: str) -> None:
     with pytest.raises(ConfigError, match="write split=train, =valid or =test"):
         rows_of(RandomSplit(train=0.5, valid=0.5), LOG.lazy(), partition, day=None, key=("row",))
+
+
+# --- shares of each user's rows --------------------------------------------------------------------------------------
+
+PER_USER = PerUserSplit(per_user="user", train=0.8, valid=0.1, test=0.1, seed=3)
+VISITS = pl.DataFrame({"user": [n % 40 for n in range(2000)], "row": range(2000)}).filter(pl.col("row") % 7 > 0)
+
+
+def parts(split: PerUserSplit, frame: pl.DataFrame = VISITS) -> dict[str, pl.DataFrame]:
+    roles = ("train", "valid", "test")
+    return {r: rows_of(split, frame.lazy(), f"split={r}", day=None, key=("row",)).collect() for r in roles}
+
+
+def test_each_user_has_almost_the_shares() -> None:
+    found = parts(PER_USER)
+    assert sorted(row for part in found.values() for row in part["row"]) == VISITS["row"].to_list()
+    rows = dict(VISITS.group_by("user").len().iter_rows())
+    for role, share in (("train", 0.8), ("valid", 0.1), ("test", 0.1)):
+        for user, number in found[role].group_by("user").len().iter_rows():
+            assert abs(number - share * rows[user]) <= 1
+        assert found[role]["user"].n_unique() == 40
+    assert found["test"]["row"].is_sorted()  # the order of the log stays
+
+
+def test_the_draw_per_user_follows_from_seed_and_key_alone() -> None:
+    found = parts(PER_USER)
+    shuffled = parts(PER_USER, VISITS.sample(fraction=1, shuffle=True, seed=1))
+    other = parts(PER_USER.model_copy(update={"seed": 4}))
+    for role, part in found.items():
+        assert sorted(part["row"]) == sorted(shuffled[role]["row"])
+        assert sorted(part["row"]) != sorted(other[role]["row"])
+
+
+def test_who_has_few_rows_is_trained_on_first() -> None:
+    few = pl.DataFrame({"user": [1, 2, 2, 3, 3, 3], "row": range(6)})
+    found = parts(PER_USER, few)
+    assert sorted(found["train"]["user"]) == [1, 2, 2, 3, 3]
+    assert found["valid"]["user"].to_list() == [3]
+    assert found["test"].is_empty()
+
+
+def test_test_rows_may_be_named() -> None:
+    split = PerUserSplit(per_user="user", train=0.5, valid=0.5, test_where="row >= 1900")
+    found = parts(split)
+    assert found["test"]["row"].to_list() == [r for r in VISITS["row"] if r >= 1900]
+    assert max(found["train"]["row"].max(), found["valid"]["row"].max()) < 1900  # pyright: ignore
+    assert sum(part.height for part in found.values()) == VISITS.height
+    assert names_of(split, "test") == ["split=test"]
+    assert names_of(PerUserSplit(per_user="user", train=0.9, valid=0.1), "test") == []
+    assert names_of(PER_USER, "test") == ["split=test"]
+
+
+def test_shares_per_user_that_cannot_be_meant_are_refused() -> None:
+    tree = {"per_user": "user", "train": 0.8, "valid": 0.1}
+    assert isinstance(Root.model_validate({"split": tree}).split, PerUserSplit)
+    with pytest.raises(ValueError, match="test and test_where exclude each other"):
+        Root.model_validate({"split": {**tree, "test": 0.1, "test_where": "row = 1"}})
+    with pytest.raises(ValueError, match=r"shares add up to 1\.2"):
+        Root.model_validate({"split": {**tree, "test": 0.3}})

@@ -1,6 +1,7 @@
 """Losses: each against a few lines of float64 numpy, at the edges, and pinned by a number."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from recsys.losses import (
     cross_entropy,
     dr_loss,
     entropy_loss,
+    in_batch_softmax,
     inverse_propensities,
     ips_loss,
     log_loss,
@@ -380,3 +382,52 @@ def test_a_row_of_which_nothing_is_known_is_as_if_it_were_not_there(name: str) -
     assert r[unknown].isnan()
     found = EVERY[name](x.where(~unknown, 1e3), e.where(~unknown, 1e3), o, r)
     assert found.item() == EVERY[name](x, e, o, r).item()
+
+
+# --- softmax over the items of a batch -------------------------------------------------------------------------------
+
+
+def numpy_in_batch(q: Any, v: Any, ids: Any, temperature: float, log_q: Any) -> float:
+    losses: list[float] = []
+    for i in range(len(ids)):
+        others = [j for j in range(len(ids)) if j == i or ids[j] != ids[i]]
+        x = np.array([q[i] @ v[j] / temperature - log_q[j] for j in others])
+        losses.append(float(np.log(np.exp(x).sum()) - x[others.index(i)]))
+    return float(np.mean(losses))
+
+
+def test_softmax_of_the_batch_is_its_formula() -> None:
+    rng = np.random.default_rng(0)
+    q, v, ids, log_q = rng.normal(size=(25, 4)), rng.normal(size=(25, 4)), rng.integers(0, 9, 25), rng.normal(size=25)
+    given = (torch.from_numpy(q), torch.from_numpy(v), torch.from_numpy(ids), 0.3)
+    corrected = in_batch_softmax(*given, torch.from_numpy(log_q)).item()
+    assert corrected == pytest.approx(numpy_in_batch(q, v, ids, 0.3, log_q), rel=1e-12)
+    assert in_batch_softmax(*given).item() == pytest.approx(numpy_in_batch(q, v, ids, 0.3, 0 * log_q), rel=1e-12)
+    assert abs(corrected - in_batch_softmax(*given).item()) > 0.01
+
+
+def test_the_slopes_of_the_softmax_are_right() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, v = (torch.randn(12, 3, generator=generator, dtype=torch.double, requires_grad=True) for _ in range(2))
+    ids = torch.randint(0, 5, (12,), generator=generator)
+    log_q = torch.randn(12, generator=generator, dtype=torch.double)
+    torch.autograd.gradcheck(lambda a, b: in_batch_softmax(a, b, ids, 0.5, log_q) * 2, (q, v))
+
+
+def test_without_a_negative_or_without_rows_nothing_is_learned() -> None:
+    for rows in (0, 1, 6):
+        q, v = (torch.randn(rows, 4, requires_grad=True) for _ in range(2))
+        loss = in_batch_softmax(q, v, torch.full((rows,), 7), 0.1, torch.randn(rows))
+        loss.backward()
+        assert loss.item() == 0
+        assert q.grad is not None
+        assert q.grad.eq(0).all()
+
+
+def test_far_logits_do_not_overflow() -> None:
+    q = torch.tensor([[1e4], [-1e4]], requires_grad=True)
+    loss = in_batch_softmax(q, torch.tensor([[1.0], [-1.0]]), torch.tensor([1, 2]), 1e-2)
+    loss.backward()
+    assert loss.isfinite()
+    assert q.grad is not None
+    assert q.grad.isfinite().all()

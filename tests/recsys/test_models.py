@@ -29,6 +29,7 @@ from recsys.distributed import Sharded, Table, reset_tables, shard
 from recsys.embeddings import Embeddings, in_order
 from recsys.experts import ExpertsConfig, Gate
 from recsys.interacting import Interacting
+from recsys.losses import in_batch_softmax
 from recsys.metrics import log_loss as measured_log_loss
 from recsys.metrics import roc_auc as measured_auc
 from recsys.models import AutoIntConfig, Model, ModelConfig, build_model
@@ -43,6 +44,7 @@ from recsys.models.funnel import Funnel, FunnelConfig
 from recsys.models.lr import LRConfig
 from recsys.models.multitask import MultiTaskConfig
 from recsys.models.nise import NISEConfig
+from recsys.models.two_tower import TwoTower, TwoTowerConfig
 from recsys.network import InteractingTower, MLPTower, NetworkConfig
 from recsys.sparsity.config import Schedule, Sparsity
 from recsys.sparsity.tables import SparseTables
@@ -94,7 +96,19 @@ FUNNELS: dict[str, ModelConfig] = {
     "escm2-dr-trees": ESCM2Config(**NETWORK, risk="dr", experts=TREES),
     "nise": NISEConfig(**NETWORK),
 }
-MODELS = PER_LABEL | FUNNELS
+SIDES: dict[str, Any] = {
+    "query": ("shape", "tags", "number0"),
+    "item": ("word", "genres", "color", "number1"),
+    "dim": 8,
+    "temperature": 0.5,
+    "log_q": False,
+}
+RETRIEVAL: dict[str, ModelConfig] = {
+    "two-tower": TwoTowerConfig(**SIDES),
+    "two-tower-dot": TwoTowerConfig(**SIDES, similarity="dot"),
+    "two-tower-deep": TwoTowerConfig(**SIDES, query_hidden=(12,), item_hidden=(16, 12)),
+}
+MODELS = PER_LABEL | FUNNELS | RETRIEVAL
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,10 @@ class Case:
     sparsity: Sparsity | None = None
 
     def schema(self, examples: Any, **settings: Any) -> Schema:
-        return examples.schema(self.tasks, funnel=self.funnel, **settings)
+        schema = examples.schema(self.tasks, funnel=self.funnel, **settings)
+        if not isinstance(self.config, TwoTowerConfig):
+            return schema
+        return schema.model_copy(update={"item": "word"})
 
     def labels(self, schema: Schema) -> Schema:
         """Another schema, with this case's labels."""
@@ -137,6 +154,9 @@ class Case:
 
     def tables(self, schema: Schema) -> dict[str, tuple[str, str]]:
         """By the name of a table: its feature, and the tower that has it for itself, if one has."""
+        if isinstance(self.config, TwoTowerConfig):
+            used = {*self.config.query, *self.config.item}
+            return {f.name: (f.name, "") for f in schema.sparse if f.name in used}
         if getattr(self.config, "shared_embeddings", True):
             return {f.name: (f.name, "") for f in schema.sparse}
         return {f"{f.name}@{t}": (f.name, t) for t in self.towers(schema) for f in schema.sparse}
@@ -159,6 +179,13 @@ SPARSE = {f"{name}-sparse": sparse(case) for name, case in ONCE.items()}
 EACH = ONCE | SPARSE
 EVERY = pytest.mark.parametrize("case", EACH.values(), ids=EACH.keys())
 CASES = ONCE | TWO | DEEPER | SPARSE
+# What the promises to a row's logits and tables are worth to vectors as well. Not theirs: a logit per label and its
+# probability; schemas without their sides; the order of labels, funnels, sampled rows.
+VECTORS = {name: Case(config) for name, config in RETRIEVAL.items()}
+SPARSE_VECTORS = {f"{name}-sparse": sparse(case) for name, case in VECTORS.items()}
+BOTH = VECTORS | SPARSE_VECTORS
+WITH_VECTORS = pytest.mark.parametrize("case", (CASES | BOTH).values(), ids=(CASES | BOTH).keys())
+ONCE_WITH_VECTORS = pytest.mark.parametrize("case", (EACH | BOTH).values(), ids=(EACH | BOTH).keys())
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 SEVERAL = TWO | {name: case for name, case in ONCE.items() if case.funnel}
 TASKS = pytest.mark.parametrize("tasks", [1, 2])
@@ -226,7 +253,8 @@ def sigmoid(x: Any) -> Array:
 
 def test_every_model_of_the_union_is_tested() -> None:
     per_label, funnels = ({type(c) for c in part.values()} for part in (PER_LABEL, FUNNELS))
-    assert per_label | funnels == {m for kind in get_args(get_args(ModelConfig)[0]) for m in get_args(kind) or (kind,)}
+    known = {m for kind in get_args(get_args(ModelConfig)[0]) for m in get_args(kind) or (kind,)}
+    assert per_label | funnels | {type(c) for c in RETRIEVAL.values()} == known
     assert len(per_label) >= 5
     assert len(funnels) >= 5
     assert all(issubclass(kind, FunnelConfig) for kind in funnels)
@@ -299,7 +327,7 @@ def test_the_order_of_labels_is_not_that_of_the_funnel(examples: Any) -> None:
     np.testing.assert_allclose(p_BT, np.array([both, p]) * 0.5 / (1 - 0.5 * p), rtol=1e-5)
 
 
-@ALL
+@WITH_VECTORS
 def test_scores_do_not_depend_on_neighbours(case: Case, examples: Any) -> None:
     schema = case.schema(examples)
     model, frame = case.plain(schema).train(), examples.frame(schema, 40)  # without dropout: rows never mix
@@ -312,7 +340,7 @@ def test_scores_do_not_depend_on_neighbours(case: Case, examples: Any) -> None:
     torch.testing.assert_close(shuffled_BL, whole_BL[torch.from_numpy(order)], atol=1e-5, rtol=1e-5)
 
 
-@EVERY
+@ONCE_WITH_VECTORS
 def test_the_order_inside_a_bag_does_not_matter(case: Case, examples: Any) -> None:
     schema = case.schema(examples)
     model, frame = case.plain(schema), examples.frame(schema, 40)
@@ -321,10 +349,14 @@ def test_the_order_inside_a_bag_does_not_matter(case: Case, examples: Any) -> No
     before_BL, after_BL = (logits(model, examples.batch(schema, f)) for f in (frame, turned))
     torch.testing.assert_close(after_BL, before_BL, atol=1e-5, rtol=1e-5)
     different = frame.with_columns(pl.col("tags").list.eval((pl.element() + 1) % 23))
-    assert (logits(model, examples.batch(schema, different)) - before_BL).abs().amax(0).min() > 0.01
+    moved_L = (logits(model, examples.batch(schema, different)) - before_BL).abs().amax(0)
+    if isinstance(case.config, TwoTowerConfig):  # the tags are on the query's side
+        moved_L, others_L = moved_L.split([case.config.dim, case.config.dim + 2])
+        assert others_L.max() == 0
+    assert moved_L.min() > 0.01
 
 
-@ALL
+@WITH_VECTORS
 def test_one_step_moves_what_was_touched_and_nothing_else(case: Case, examples: Any) -> None:
     schema = case.schema(examples)
     batch = examples.batch(schema, examples.frame(schema, 50, seed=2))
@@ -354,6 +386,8 @@ def test_one_step_moves_what_was_touched_and_nothing_else(case: Case, examples: 
         feature, tower = tables[name]
         bags = batch.sparse[feature].to_dense()
         if tower == "buy" and isinstance(case.config, ClickedConfig):  # learned where clicks are, from its own tables
+            bags = [bag for bag, clicked in zip(bags, clicked_B, strict=True) if clicked]
+        if isinstance(case.config, TwoTowerConfig):  # rows that are not positive teach nothing
             bags = [bag for bag, clicked in zip(bags, clicked_B, strict=True) if clicked]
         touched = sorted(set(torch.cat(bags).tolist()))
         changed_RD = table.weights_RD != tables_before[name]
@@ -387,7 +421,7 @@ def test_empty_bags_are_scored(case: Case, examples: Any) -> None:
         assert weights_RD.equal(before[name]), name
 
 
-@ALL
+@WITH_VECTORS
 def test_sharded_it_computes_the_same(case: Case, examples: Any) -> None:
     schema = case.schema(examples)
     batch = examples.batch(schema, examples.frame(schema, 40))
@@ -401,7 +435,7 @@ def test_sharded_it_computes_the_same(case: Case, examples: Any) -> None:
     torch.testing.assert_close(logits(loaded, batch), sharded_BL, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", SEVERAL.values(), ids=SEVERAL.keys())
+@pytest.mark.parametrize("case", (SEVERAL | VECTORS).values(), ids=(SEVERAL | VECTORS).keys())
 def test_gradients_are_those_of_the_plain_model(case: Case, examples: Any) -> None:
     """And row-wise Adagrad is its formula: state += mean(g²); w -= lr g / (√state + eps)."""
     schema = case.schema(examples)
@@ -432,7 +466,7 @@ def test_gradients_are_those_of_the_plain_model(case: Case, examples: Any) -> No
 
 
 @pytest.mark.parametrize("state", ["row", "element"])
-@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in SPARSE.items()])
+@pytest.mark.parametrize("case", (SPARSE | SPARSE_VECTORS).values(), ids=(SPARSE | SPARSE_VECTORS).keys())
 def test_sparse_tables_are_dense_ones_with_zeros(case: Case, state: Literal["row", "element"], examples: Any) -> None:
     """Logits and gradients are those of a dense model; weights and Adagrad's sums follow from its active gradients."""
     schema, rate, eps = case.schema(examples), 0.05, 1e-8
@@ -481,7 +515,7 @@ def test_sparse_tables_are_dense_ones_with_zeros(case: Case, state: Literal["row
             assert not group.values_NS[:, group.size :].any()
 
 
-@EVERY
+@ONCE_WITH_VECTORS
 def test_a_model_with_other_weights_is_refused(case: Case, examples: Any) -> None:
     schema = case.schema(examples)
     weights = case.plain(schema).state_dict()
@@ -1296,3 +1330,81 @@ def test_division_of_two_vanishing_probabilities_is_a_probability(examples: Any)
     p_BO = model.probabilities(far)
     assert p_BO.isfinite().all()
     torch.testing.assert_close(p_BO[:, 1], torch.tensor([1.0, float(np.exp(-5.0)), 1.0, 1.0]))
+
+
+# --- two towers ------------------------------------------------------------------------------------------------------
+
+
+def towers_of(config: ModelConfig, examples: Any, rows: int = 30) -> tuple[TwoTower, Schema, pl.DataFrame, Batch]:
+    schema = examples.schema().model_copy(update={"item": "word"})
+    model, frame = plain(config, schema), examples.frame(schema, rows)
+    assert isinstance(model, TwoTower)
+    return model, schema, frame, examples.batch(schema, frame)
+
+
+@pytest.mark.parametrize("name", RETRIEVAL)
+def test_each_vector_is_of_its_side(name: str, examples: Any) -> None:
+    """The sum of a side's embeddings, or an MLP over them; of length 1 for a cosine."""
+    config = RETRIEVAL[name]
+    assert isinstance(config, TwoTowerConfig)
+    model, schema, frame, batch = towers_of(config, examples)
+    found_BL, w = logits(model, batch), numpy_weights(model)
+    used = {*config.query, *config.item}
+    own = schema.model_copy(update={"sparse": tuple(f for f in schema.sparse if f.name in used)})
+    e_BFD = numpy_embeddings(w, own, frame)
+    sides = (config.query, config.query_hidden, model.queries), (config.item, config.item_hidden, model.items)
+    for side, (names, hidden, vectors) in zip(("query", "item"), sides, strict=True):
+        e_BSD = e_BFD[:, [own.fields.index(n) for n in names]]
+        flat_BX = e_BSD.reshape(len(frame), -1)
+        x_BD = numpy_mlp(flat_BX, w, f"{side}.mlp", len(hidden)) if hidden else e_BSD.sum(1)
+        if config.similarity == "cosine":
+            x_BD /= np.sqrt((x_BD**2).sum(1, keepdims=True))
+        np.testing.assert_allclose(vectors(found_BL), x_BD, rtol=1e-4, atol=1e-4)
+    similar_B = (model.queries(found_BL) * model.items(found_BL)).sum(1)
+    torch.testing.assert_close(model.probabilities(found_BL)[:, 0], similar_B)
+    assert model.outputs == (Output(name="similarity", label="click"),)
+
+
+def test_popular_items_are_corrected_for_by_their_counts(examples: Any) -> None:
+    config = RETRIEVAL["two-tower"].model_copy(update={"log_q": True})
+    model, _, _, batch = towers_of(config, examples, 60)
+    found_BL = logits(model, batch)
+    with pytest.raises(ConfigError, match=r"model\.log_q = true needs the items' counts"):
+        model.loss(found_BL, batch.labels_BT)
+    counts_V = torch.randint(0, 50, (4_000,), generator=torch.Generator().manual_seed(1))
+    model.count_items(counts_V)
+    liked_B = batch.labels_BT[:, 0] == 1
+    ids_B, at_least_one_V = batch.sparse["word"].values(), counts_V.double().clamp(min=1)
+    log_q_B = (at_least_one_V / at_least_one_V.sum()).log()[ids_B]
+    expected = in_batch_softmax(
+        model.queries(found_BL)[liked_B].double(), model.items(found_BL)[liked_B].double(), ids_B[liked_B], 0.5,
+        log_q_B[liked_B],
+    )  # fmt: skip
+    assert model.loss(found_BL, batch.labels_BT).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert model.loss(found_BL, torch.zeros(60, 1)).item() == 0
+    assert "log_q_V" not in model.state_dict()
+
+
+def test_ids_of_items_travel_exactly_however_large(examples: Any) -> None:
+    """As one float32 neighbours above 2^24 would be the same item."""
+    model, *_ = towers_of(RETRIEVAL["two-tower"], examples)
+    ids_B = torch.tensor([2**24, 2**24 + 1, 2**31 - 2, 2**31 - 1])
+    vectors = torch.randn(4, 16)
+    rows_BL = torch.cat([vectors, torch.stack([ids_B // 4096, ids_B % 4096], 1).float()], dim=1)
+    expected = in_batch_softmax(vectors[:, :8], vectors[:, 8:], torch.arange(4), 0.5)
+    assert model.loss(rows_BL, torch.ones(4, 1)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_sides_that_cannot_be_meant_are_refused(examples: Any) -> None:
+    schema = examples.schema().model_copy(update={"item": "word"})
+    for changes, message in (
+        ({"query": ("shpe",)}, r"model\.query: 'shpe' is no feature; did you mean 'shape'\?"),
+        ({"item": ("word", "word")}, r"model\.item = \['word', 'word'\]: name each feature once"),
+        ({"item": ("shape",)}, r"both name 'shape': a query may know nothing of the item"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build_model(TwoTowerConfig(**{**SIDES, **changes}), schema)
+    with pytest.raises(ConfigError, match=r"needs a \[retrieval\] table"):
+        build_model(TwoTowerConfig(**SIDES), examples.schema())
+    with pytest.raises(ConfigError, match="learns from one label"):
+        build_model(TwoTowerConfig(**SIDES), examples.schema(2).model_copy(update={"item": "word"}))
