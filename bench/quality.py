@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import torch
 
 from base.config import load_config
 from base.storage import publish, resolve
 from bench import records
 from features.pipeline import FittedPipeline
-from features.schema import carried
+from features.schema import Schema, carried
 from features.source import REASON
 from pipelines.config import Run
 from pipelines.prepare import prepare
@@ -33,7 +34,7 @@ from recsys import trainer
 from recsys.bundle import load_model
 from recsys.data import ExampleStream, batches, to_columns
 from recsys.metrics import log_loss, roc_auc
-from recsys.models import ModelConfig
+from recsys.models import Model, ModelConfig
 
 ROOT = Path(__file__).parent.parent
 RUN = ROOT / "pipelines" / "runs" / "ml-1m.toml"
@@ -102,8 +103,7 @@ def _jobs(data: str, work: Path, fields: str, *, quick: bool) -> list[records.Jo
     settings = [f"data.path={data}", f"output={work}"]
     run = load_config(Run, RUN, settings)
     if fields == "ids":
-        extra = load_config(Run, RUN, [*settings, f"features={_toml(IDS)}"]).features
-        run = run.model_copy(update={"features": (*run.features, *extra)})
+        run = with_ids(run, settings)
     if quick:
         run = run.model_copy(update={"train": run.train.model_copy(update={"epochs": 1})})
     fitted = prepare(run)
@@ -136,6 +136,12 @@ def _jobs(data: str, work: Path, fields: str, *, quick: bool) -> list[records.Jo
     else:
         print("FuxiCTR is left out: run `make peer` first", file=sys.stderr)
     return jobs
+
+
+def with_ids(run: Run, settings: list[str]) -> Run:
+    """With user and movie ids as features too."""
+    extra = load_config(Run, RUN, [*settings, f"features={_toml(IDS)}"]).features
+    return run.model_copy(update={"features": (*run.features, *extra)})
 
 
 def export(run: Run, fitted: FittedPipeline, work: Path, *, share: float) -> Path:
@@ -176,10 +182,12 @@ def _ours(run: Run, fitted: FittedPipeline, folder: Path, seed: int, name: str) 
 def predict(model: ModelConfig, weights: Any, file: Path, fitted: FittedPipeline, run: Run) -> tuple[Any, Any]:
     """Labels and probabilities of encoded rows, by the plain model."""
     schema = run.schema_of(fitted)
-    plain = load_model(model, schema, weights, where=file)
-    columns = to_columns(pl.read_parquet(file), schema, labels=True)
-    import torch
+    return predicted(load_model(model, schema, weights, where=file), schema, file)
 
+
+def predicted(plain: Model, schema: Schema, file: Path) -> tuple[Any, Any]:
+    """Labels and probabilities of encoded rows."""
+    columns = to_columns(pl.read_parquet(file), schema, labels=True)
     with torch.no_grad():
         parts = [plain.probabilities(plain(batch))[:, 0] for batch in batches(columns, 8192)]
     return columns.labels_RT[:, 0].numpy(), torch.cat(parts).double().numpy()

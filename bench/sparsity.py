@@ -13,6 +13,7 @@ read once. Times are medians of interleaved turns, dense and sparse in one proce
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -20,7 +21,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,19 +33,32 @@ import torch
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
+from base.config import load_config
 from base.storage import resolve
 from bench import records
+from bench.quality import export, predicted, with_ids
+from features.pipeline import FittedPipeline
 from features.schema import Schema, Sparse, carried
+from pipelines.config import Run
+from pipelines.examples import examples_of
+from pipelines.prepare import prepare
+from pipelines.progress import Ticker
+from pipelines.rankings import ranking_of, write_ranking
 from recsys import trainer
 from recsys.batch import Batch
 from recsys.bundle import load_model
+from recsys.checkpoint import TABLE
 from recsys.data import ExampleStream
 from recsys.device import CPU
 from recsys.distributed import join_process_group, reset_tables, shard
 from recsys.embeddings import Embeddings, TableKind
-from recsys.models import DCNConfig
+from recsys.metrics import log_loss, roc_auc
+from recsys.models import DCNConfig, Model, ModelConfig, build_model
+from recsys.models.two_tower import TwoTower
+from recsys.retrieval import rank_items
 from recsys.sparsity.config import Schedule, Sparsity
 from recsys.sparsity.layout import slots_of
+from recsys.sparsity.prune import pruned
 from recsys.sparsity.schedule import Mover
 from recsys.sparsity.tables import SparseTable, SparseTables
 from recsys.tensors import load_tensors
@@ -51,7 +66,15 @@ from recsys.trainer import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 RECORDS = records.FOLDER / "sparsity.jsonl"
+RUNS = ROOT / "pipelines" / "runs"
 SEEDS = 5
+TEST = ["split=test"]
+GOWALLA: dict[str, Any] = {"epochs": 12, "evaluate_every": 2, "patience": 3}
+MOVIELENS: dict[str, Any] = {"epochs": 6}
+ON_GOWALLA = Sparsity(density=0.2)
+ON_MOVIELENS = Sparsity(density=0.2)
+"""How masks move, chosen on validation rows at density 0.2."""
+DENSITIES, HEADLINE = (0.2, 0.1, 0.5, 0.05), (0.2, 0.1)
 ROWS, DIM = 10_000_000, 64
 BATCHES, BATCH = 40, 4096
 PARTS = ("weights", "table_states", "dense_states")
@@ -98,12 +121,204 @@ def _jobs(options: argparse.Namespace, *, quick: bool) -> list[records.Job]:
         jobs += memory_jobs(quick=quick)
     if "time" in wanted:
         jobs += time_jobs(quick=quick)
+    if "gowalla" in wanted:
+        jobs += gowalla_jobs(_data(options), options.work, quick=quick)
+    if "ml-1m" in wanted:
+        jobs += movielens_jobs(_data(options), options.work, quick=quick)
     return jobs
+
+
+def _data(options: argparse.Namespace) -> Path:
+    if options.data is None:
+        raise SystemExit("--data is needed: the folder that holds gowalla/ and ml-1m/")
+    return Path(options.data)
 
 
 def tables(file: Path = RECORDS) -> dict[str, str]:
     """The README's tables, from the records."""
-    return {"memory": memory_table(file), "time": time_table(file)}
+    return {
+        "gowalla": quality_table(file, "gowalla", {"recall": "Recall@20", "ndcg": "NDCG@20"}),
+        "ml-1m": quality_table(file, "ml-1m", {"auc": "AUC", "log_loss": "log loss"}),
+        "memory": memory_table(file),
+        "time": time_table(file),
+    }
+
+
+# Quality
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to have tables of fewer bytes."""
+
+    name: str
+    density: float
+    dim: int = DIM
+    sparsity: Sparsity | None = None
+    pruned: bool = False
+    """Whether a dense model is trained, and its largest weights are kept."""
+
+
+def kinds(chosen: Sparsity, densities: Sequence[float] = DENSITIES) -> list[Kind]:
+    """What is compared, the headline first. `chosen`: the sparsity of the moving mask, at any density."""
+    found = [Kind("dense", 1.0)]
+    for density in densities:
+        moving = chosen.model_copy(update={"density": density})
+        fixed = Sparsity(density=density, schedule=Schedule(grow="none"))
+        found += [
+            Kind(f"sparse {density:g}", density, sparsity=moving),
+            Kind(f"smaller dim, bytes of {density:g}", density, dim=smaller_dim(density)),
+            Kind(f"fixed mask {density:g}", density, sparsity=fixed),
+            Kind(f"pruned {density:g}", density, sparsity=moving, pruned=True),
+        ]
+    return found
+
+
+def smaller_dim(density: float) -> int:
+    """The least dim, in fours, of which a dense row and its sum take no fewer bytes than a sparse row of DIM."""
+    low = max(1, int(density * DIM) // 4 * 4)
+    slots = density * DIM if density * DIM >= 4 else 4
+    several = 0 if density * DIM == low else 4
+    row = 5 * slots + 4 + 1 + several
+    return math.ceil((row - 4) / 16) * 4
+
+
+def quality_table(file: Path, part: str, figures: Mapping[str, str]) -> str:
+    """Quality by kind of table, with the bytes of a row."""
+    names = [f"{part} | {k.name}" for k in kinds(Sparsity(density=0.5))]
+    rows = records.summary(file, names, [*figures, "bytes"])
+    if not rows:
+        return ""
+    lines = [f"| tables | {' | '.join(figures.values())} | of dense | bytes of tables and state | seeds |"]
+    lines.append("|" + "---|" * (len(figures) + 4))
+    first = next(iter(figures))
+    dense = next((r for r in rows if r["name"].endswith("| dense")), rows[0])
+    for row in rows:
+        shown = [f"{row[k]:.4f}" + (f" ± {row[k + '_sd']:.4f}" if row["n"] > 1 else "") for k in figures]
+        share = [f"{row[first] / dense[first]:.3f}", f"{row['bytes'] / 2**20:.1f} MiB", str(row["n"])]
+        lines.append(f"| {' | '.join([row['name'].split(' | ')[1], *shown, *share])} |")
+    return "\n".join(lines)
+
+
+def _seeds(kind: Kind, *, quick: bool) -> int:
+    return 1 if quick else SEEDS if kind.name == "dense" or kind.density in HEADLINE else 2
+
+
+def gowalla_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
+    """Matrix factorization with in-batch softmax, by full ranking."""
+    settings = [f"data.path={data}/gowalla/*.txt", f"output={work}/gowalla"]
+    run = load_config(Run, RUNS / "gowalla.toml", settings)
+    run = run.model_copy(update={"train": run.train.model_copy(update=GOWALLA | ({"epochs": 1} if quick else {}))})
+    fitted = prepare(run)
+    write_ranking(run, fitted, TEST)
+    folders = [resolve(run.examples_path(p)) for p in ("split=train", "split=valid", *TEST)]
+    common = {"bench": "sparsity", "part": "gowalla", "rows": records.rows_hash(*folders), "quick": quick}
+    jobs: list[records.Job] = []
+    for kind in kinds(ON_GOWALLA, DENSITIES[:1] if quick else DENSITIES):
+
+        def measure(seed: int, kind: Kind = kind) -> Mapping[str, Any]:
+            return _gowalla(run, fitted, kind, seed)
+
+        jobs.append(
+            records.Job(f"gowalla | {kind.name}", common | _config(run, kind), _seeds(kind, quick=quick), measure)
+        )
+    return jobs
+
+
+def _gowalla(run: Run, fitted: FittedPipeline, kind: Kind, seed: int) -> Mapping[str, Any]:
+    files = tuple(examples_of(run, ["split=train"], fitted, run.examples_path))
+    valid, counts = ranking_of(run, fitted, ["split=valid"]), fitted.counts_of(run.item_feature)
+    model, history, best = _trained(run, fitted, kind, seed, files, valid, item_counts=counts)
+    assert isinstance(model, TwoTower)
+    with torch.no_grad():
+        found = rank_items(
+            lambda s: (x for x, _ in trainer.passed(model, s, CPU)), model, ranking_of(run, fitted, TEST)
+        )
+    (top,) = found.filter(slice="all", k=20).to_dicts()
+    curve = [h["recall"] for h in history if "recall" in h]
+    return {"recall": top["recall"], "ndcg": top["ndcg"], "valid": curve, "best_epoch": best, "bytes": _bytes(model)}
+
+
+def _config(run: Run, kind: Kind) -> dict[str, Any]:
+    """What decides a result."""
+    model = run.model.model_copy(update={"dim": kind.dim})
+    sparsity = kind.sparsity and kind.sparsity.model_dump(mode="json")
+    train = run.train.model_dump(exclude={"processes", "seed"})
+    return {"model": model.model_dump(mode="json"), "train": train, "sparsity": sparsity, "pruned": kind.pruned}
+
+
+def _trained(
+    run: Run, fitted: FittedPipeline, kind: Kind, seed: int, files: tuple[Path, ...], valid: Any, **options: Any
+) -> tuple[Model, list[dict[str, float]], int]:
+    """A model with the best weights of a training; pruned if the kind says so."""
+    schema, config = run.schema_of(fitted), run.train.model_copy(update={"seed": seed, "threads": 1})
+    fit = ExampleStream(files, schema, config.batch_size, shuffle=True, seed=seed)
+    model = run.model.model_copy(update={"dim": kind.dim})
+    sparsity = None if kind.pruned else kind.sparsity
+    with tempfile.TemporaryDirectory() as scratch:
+        ticker = Ticker(f"{kind.name} seed {seed}", interval_seconds=60)
+        folder = Path(scratch)
+        trained = trainer.train(
+            model, schema, fit, valid, config, folder, sparsity=sparsity, on_step=ticker.on_step, **options
+        )
+    weights = trained.weights
+    if kind.pruned:
+        assert kind.sparsity is not None
+        weights = _pruned(model, schema, kind.sparsity, weights)
+    plain = load_model(model, schema, weights, where=Path(kind.name), sparsity=kind.sparsity)
+    return plain, trained.history, trained.best_epoch
+
+
+def _pruned(model: ModelConfig, schema: Schema, sparsity: Sparsity, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tables = build_model(model, schema, table_device="meta", sparsity=sparsity).embed.tables
+    assert isinstance(tables, SparseTables)
+    dense = {t.name: weights[TABLE.format(t.name)] for t in tables.tables}
+    others = {name: t for name, t in weights.items() if name not in {TABLE.format(n) for n in dense}}
+    return others | {f"embed.tables.{name}": t for name, t in pruned(tables, dense).items()}
+
+
+def _bytes(model: Model) -> int:
+    """Of the tables and row-wise state that training holds."""
+    tables = model.embed.tables
+    if not isinstance(tables, SparseTables):
+        return sum(t.num_embeddings * 4 * (t.embedding_dim + 1) for t in tables.embedding_bag_configs())
+    several = 4 if len(tables.groups) > 1 else 0
+    return sum(len(g) * (5 * slots_of(g.size) + 4) for g in tables.groups) + tables.rows * (1 + several)
+
+
+# MovieLens-1M
+
+
+def movielens_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
+    """AutoInt with user and movie ids."""
+    settings = [f"data.path={data}/ml-1m", f"output={work}/ml-1m"]
+    run = with_ids(load_config(Run, RUNS / "ml-1m.toml", settings), settings)
+    model = run.model.model_copy(update={"dim": DIM})
+    train = run.train.model_copy(update=MOVIELENS | ({"epochs": 1} if quick else {}))
+    run = run.model_copy(update={"model": model, "train": train})
+    fitted = prepare(run)
+    folder = export(run, fitted, work / "ml-1m", share=0.1 if quick else 1.0)
+    common = {"bench": "sparsity", "part": "ml-1m", "rows": records.rows_hash(folder), "quick": quick}
+    jobs: list[records.Job] = []
+    for kind in kinds(ON_MOVIELENS, DENSITIES[:1] if quick else DENSITIES):
+
+        def measure(seed: int, kind: Kind = kind) -> Mapping[str, Any]:
+            return _movielens(run, fitted, folder, kind, seed)
+
+        jobs.append(
+            records.Job(f"ml-1m | {kind.name}", common | _config(run, kind), _seeds(kind, quick=quick), measure)
+        )
+    return jobs
+
+
+def _movielens(run: Run, fitted: FittedPipeline, folder: Path, kind: Kind, seed: int) -> Mapping[str, Any]:
+    schema = run.schema_of(fitted)
+    valid = ExampleStream((folder / "valid.parquet",), schema, run.train.batch_size)
+    model, history, best = _trained(run, fitted, kind, seed, (folder / "train.parquet",), valid)
+    labels, probabilities = predicted(model, schema, folder / "test.parquet")
+    curve = [h[f"p_{run.labels[0]}.auc"] for h in history]
+    found = {"auc": roc_auc(labels, probabilities), "log_loss": log_loss(labels, probabilities)}
+    return {**found, "valid": curve, "best_epoch": best, "bytes": _bytes(model)}
 
 
 # Memory
