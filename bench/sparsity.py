@@ -211,7 +211,8 @@ def gowalla_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
     run = run.model_copy(update={"train": run.train.model_copy(update=GOWALLA | ({"epochs": 1} if quick else {}))})
     fitted = prepare(run)
     write_ranking(run, fitted, TEST)
-    folders = [resolve(run.examples_path(p)) for p in ("split=train", "split=valid", *TEST)]
+    asked = [resolve(run.ranking_path(p)) for p in (["split=valid"], TEST)]
+    folders = [resolve(run.examples_path("split=train")), *asked]
     common = {"bench": "sparsity", "part": "gowalla", "rows": records.rows_hash(*folders), "quick": quick}
     jobs: list[records.Job] = []
     for kind in kinds(ON_GOWALLA, DENSITIES[:1] if quick else DENSITIES):
