@@ -227,7 +227,7 @@ def census_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
         return gate_times({gate: _train(r, fitted, seed, f"16 x 256, {gate}") for gate, r in wide.items()}, test)
 
     config = {**common, "models": {g: r.model.model_dump() for g, r in wide.items()}, "quick": quick}
-    config["train"] = brief.train.model_dump(exclude={"processes"})
+    config["train"] = records.settings_of(brief.train)
     return [*jobs, records.Job("gates | 16 experts of 256", config, 1 if quick else SEEDS, times)]
 
 
@@ -277,7 +277,7 @@ def _job(
 
 def _identity(run: Run, common: Mapping[str, Any], quick: bool) -> dict[str, Any]:
     """What a record is keyed by."""
-    train = run.train.model_dump(exclude={"processes"})
+    train = records.settings_of(run.train)
     return {**common, "model": run.model.model_dump(), "train": train, "quick": quick}
 
 

@@ -100,7 +100,7 @@ def _jobs(*, quick: bool) -> list[records.Job]:
         "drift": DRIFT,
         "features": hashlib.sha256(json.dumps(run.model_dump(mode="json")["features"]).encode()).hexdigest()[:12],
         "model": run.model.model_dump(),
-        "train": run.train.model_dump(exclude={"processes"}),
+        "train": records.settings_of(run.train),
     }
     logs: dict[int, list[pl.DataFrame]] = {}
 

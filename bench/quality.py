@@ -57,6 +57,7 @@ TRAIN: dict[str, dict[str, Any]] = {
     "LR": {"table_learning_rate": 0.1},
     "FM": {"table_learning_rate": 0.1},
     "DCN-v2": {"table_learning_rate": 0.3},
+    "AutoInt": {"table_l2": 1e-4, "epochs": 20, "patience": 3, "monitor": "auc"},
 }
 """What differs from the run file, chosen on the validation rows of one seed."""
 FEWER_SEEDS = {"AutoInt, as in the paper": 2, "AutoInt, as in the official code": 2}
@@ -118,7 +119,7 @@ def _jobs(data: str, work: Path, fields: str, *, quick: bool) -> list[records.Jo
             "train": {**run.train.model_dump(), **TRAIN.get(name, {})},
         }
         configured = Run.model_validate(tree)
-        train = configured.train.model_dump(exclude={"processes"})
+        train = records.settings_of(configured.train)
         config = {**common, "model": configured.model.model_dump(), "train": train}
 
         def measure(seed: int, run: Run = configured, name: str = name) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from base.config import Config
 from base.storage import read_manifest
 
 FOLDER = Path(__file__).parent / "records"
@@ -27,6 +28,15 @@ def commit() -> str:
 def config_hash(config: Mapping[str, Any]) -> str:
     """Key of a configuration."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def settings_of(train: Config, *also: str) -> dict[str, Any]:
+    """What of `[train]` decides a result. Settings younger than some records count once they are used."""
+    unused = {k for k, v in _YOUNGER.items() if getattr(train, k) == v}
+    return train.model_dump(exclude={"processes", *unused, *also})
+
+
+_YOUNGER = {"table_l2": 0.0, "evaluate_every": 1}
 
 
 def rows_hash(*folders: Path) -> str:

@@ -244,7 +244,7 @@ def _config(run: Run, kind: Kind) -> dict[str, Any]:
     """What decides a result."""
     model = run.model.model_copy(update={"dim": kind.dim})
     sparsity = kind.sparsity and kind.sparsity.model_dump(mode="json")
-    train = run.train.model_dump(exclude={"processes", "seed"})
+    train = records.settings_of(run.train, "seed")
     return {"model": model.model_dump(mode="json"), "train": train, "sparsity": sparsity, "pruned": kind.pruned}
 
 
