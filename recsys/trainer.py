@@ -89,7 +89,7 @@ class Trained:
     state: Path
     """Where these weights and the optimizers' states lie, for the next day to start from."""
     history: list[dict[str, float]]
-    """One entry per epoch: training loss, metrics on the validation rows if there are any, densities of sparse tables."""
+    """One entry per epoch: training loss; metrics on the validation rows and densities of sparse tables, if any."""
     curve: list[tuple[float, float]]
     """Training loss by epochs done."""
     best_epoch: int

@@ -1,6 +1,7 @@
-"""What sparse tables are in numbers: where their weights lie, what they take beside dense ones, how strong fields are."""
+"""Sparse tables in numbers: where their weights are, what they take beside dense ones, how much each field counts."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,7 +13,8 @@ from recsys.embeddings import WIDTH_UNIT, feature_of
 from recsys.sparsity.layout import slots_of
 from recsys.sparsity.tables import SparseTables
 
-# Shape suffixes: R = rows of all tables or of one, K = chosen rows.
+# Shape suffixes: R = rows of all tables or of one, K = chosen rows, S = weights of a row, T = tables, D = embedding
+# dimension.
 
 TENTHS = 10
 """Parts of a table's rows by popularity; a table of fewer rows has none."""
@@ -46,23 +48,23 @@ class Table(Config):
     density: float
     magnitude: float
     """Sum of its weights' magnitudes."""
-    lookups: int | None
-    """In training; None where nobody counted."""
-    met: float | None
-    """Summed magnitude of a row's weights, the mean over the lookups in training."""
+    spread: float | None
+    """How far apart its rows lie: their standard deviation, all positions together, over the lookups in training; None
+    where nobody counted them."""
     tenths: tuple[Tenth, ...]
     """The most popular first."""
 
 
 class Strength(Config):
-    """How much a field weighs: all of its tables together."""
+    """How much a field counts: all of its tables together."""
 
     field: str
     magnitude: float
-    """Sum of its weights' magnitudes, a field with more rows having more of them (QuickSelection: Atashgahi et al.,
-    Machine Learning 2022)."""
-    met: float | None
-    """What an example meets of it, whatever its rows: the mean over lookups of a row's summed magnitude."""
+    """Sum of its weights' magnitudes (QuickSelection: Atashgahi et al., Machine Learning 2022). It grows with the rows,
+    so it compares fields of about as many."""
+    spread: float | None
+    """How much it matters which id an example has, whatever the number of rows: what all rows have in common is left
+    out, and a row counts by its lookups."""
 
 
 class Bytes(Config):
@@ -83,13 +85,18 @@ class Bytes(Config):
 
     @property
     def stored(self) -> int:
-        """Of the tables on disk and when scoring starts, without the optimizer's sums."""
+        """Of the tables on disk, without the optimizer's sums."""
         return self.weights + self.positions + self.padding + self.sizes
+
+    @property
+    def scoring(self) -> int:
+        """Of the tables in memory, without the optimizer's sums."""
+        return self.stored + self.places
 
     @property
     def training(self) -> int:
         """Of the tables and the optimizer's sums, in memory."""
-        return self.stored + self.places + self.state
+        return self.scoring + self.state
 
     @property
     def bundle(self) -> int:
@@ -139,14 +146,14 @@ class Description(Config):
         return self.not_sparse / (self.network + self.active)
 
     def strengths(self) -> list[Strength]:
-        """One per field with a table; the strongest first by what an example meets, or by the sum where unknown."""
+        """One per field with a table; the strongest first by its spread, or by the sum where that is not known."""
         found: list[Strength] = []
         for field in dict.fromkeys(t.field for t in self.tables):
             mine = [t for t in self.tables if t.field == field]
-            met = [t.met for t in mine if t.met is not None]
-            total = sum(met) if len(met) == len(mine) else None
-            found.append(Strength(field=field, magnitude=sum(t.magnitude for t in mine), met=total))
-        return sorted(found, key=lambda s: (s.magnitude if s.met is None else s.met), reverse=True)
+            spreads = [t.spread for t in mine if t.spread is not None]
+            spread = math.hypot(*spreads) if len(spreads) == len(mine) else None
+            found.append(Strength(field=field, magnitude=sum(t.magnitude for t in mine), spread=spread))
+        return sorted(found, key=lambda s: s.magnitude if s.spread is None else s.spread, reverse=True)
 
 
 def describe(model: nn.Module, counts: Sequence[Tensor] | None = None) -> Description | None:
@@ -157,13 +164,11 @@ def describe(model: nn.Module, counts: Sequence[Tensor] | None = None) -> Descri
     tables = next((m for m in model.modules() if isinstance(m, SparseTables)), None)
     if tables is None:
         return None
-    magnitude_R = row_magnitudes(tables)
+    magnitudes, spreads = _strengths(tables, counts)
     found: list[Table] = []
-    for table, start in zip(tables.tables, tables.starts, strict=True):
-        mine = slice(start, start + table.rows)
-        counts_R = None if counts is None else counts[table.feature]
-        active = int(tables.sizes_R[mine].sum(dtype=torch.int64))
-        lookups = None if counts_R is None else int(counts_R.sum())
+    for i, (table, start) in enumerate(zip(tables.tables, tables.starts, strict=True)):
+        sizes_R = tables.sizes_R[start : start + table.rows]
+        active = int(sizes_R.sum(dtype=torch.int64))
         found.append(
             Table(
                 name=table.name,
@@ -172,10 +177,9 @@ def describe(model: nn.Module, counts: Sequence[Tensor] | None = None) -> Descri
                 sparse=table.sparse,
                 active=active,
                 density=active / (table.rows * tables.dim),
-                magnitude=float(magnitude_R[mine].sum(dtype=torch.float64)),
-                lookups=lookups,
-                met=_met(magnitude_R[mine], counts_R) if lookups else None,
-                tenths=() if counts_R is None else _tenths(tables.sizes_R[mine], counts_R),
+                magnitude=magnitudes[i],
+                spread=spreads[i],
+                tenths=() if counts is None else _tenths(sizes_R, counts[table.feature]),
             )
         )
     network = sum(p.numel() for p in model.parameters())
@@ -188,19 +192,38 @@ def describe(model: nn.Module, counts: Sequence[Tensor] | None = None) -> Descri
     )
 
 
-def row_magnitudes(tables: SparseTables) -> Tensor:
-    """magnitude_R: the sum of the magnitudes of each row's weights."""
-    found_R = torch.zeros(tables.rows)
+def _strengths(tables: SparseTables, counts: Sequence[Tensor] | None) -> tuple[list[float], list[float | None]]:
+    """Per table the sum of its weights' magnitudes, and the spread of its rows."""
+    number = len(tables.tables)
+    magnitude_T, square_T, lookups_T = (torch.zeros(number, dtype=torch.float64) for _ in range(3))
+    sum_TD = torch.zeros(number, tables.dim, dtype=torch.float64)
+    for i, rows_K, values_KS, positions_KS in _parts(tables):
+        values_KS = values_KS.double()
+        magnitude_T[i] += values_KS.abs().sum()
+        if counts is not None:
+            counts_K = counts[tables.tables[i].feature][rows_K].double()
+            lookups_T[i] += counts_K.sum()
+            square_T[i] += counts_K @ values_KS.square().sum(1)
+            sum_TD[i].index_add_(0, positions_KS.reshape(-1), (values_KS * counts_K[:, None]).reshape(-1))
+    mean_TD = sum_TD / lookups_T[:, None]
+    spread_T = (square_T / lookups_T - mean_TD.square().sum(1)).clamp(min=0).sqrt()
+    spreads = [s if n else None for s, n in zip(spread_T.tolist(), lookups_T.tolist(), strict=True)]
+    return magnitude_T.tolist(), spreads
+
+
+def _parts(tables: SparseTables) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """All weights, some rows at a time: the table's number, rows_K in it, values_KS and positions_KS."""
     read = dict.fromkeys((g.size for g in tables.groups), 0)
-    for first in range(0, tables.rows, _CHUNK):
-        sizes_K = tables.sizes_R[first : first + _CHUNK]
-        for group in tables.groups:
-            mine_K = sizes_K == group.size
-            start = read[group.size]
-            read[group.size] = stop = start + int(mine_K.sum())
-            # Slots that only fill up a row hold 0.
-            found_R[first : first + _CHUNK][mine_K] = group.values_NS[start:stop].detach().abs().sum(1).cpu()
-    return found_R
+    for i, (table, start) in enumerate(zip(tables.tables, tables.starts, strict=True)):
+        for first in range(0, table.rows, _CHUNK):
+            sizes_K = tables.sizes_R[start + first : start + min(first + _CHUNK, table.rows)]
+            for group in tables.groups:
+                rows_K = (sizes_K == group.size).nonzero().squeeze(1) + first
+                place = slice(read[group.size], read[group.size] + len(rows_K))
+                read[group.size] = place.stop
+                if len(rows_K) and group.size:
+                    values_KS, positions_KS = (x[place, : group.size] for x in (group.values_NS, group.positions_NS))
+                    yield i, rows_K, values_KS.detach().cpu(), positions_KS.cpu().long()
 
 
 def tenths_of(counts_R: Tensor) -> Tensor:
@@ -261,13 +284,6 @@ def _tenths(sizes_R: Tensor, counts_R: Tensor) -> tuple[Tenth, ...]:
         )
         for mine_R in chosen
     )
-
-
-def _met(magnitude_R: Tensor, counts_R: Tensor) -> float:
-    total = 0.0
-    for magnitude_K, counts_K in zip(magnitude_R.split(_CHUNK), counts_R.split(_CHUNK), strict=True):
-        total += float(magnitude_K.double() @ counts_K.double())
-    return total / int(counts_R.sum())
 
 
 def _sparse_bytes(tables: SparseTables, network: int) -> Bytes:
