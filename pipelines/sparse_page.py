@@ -98,9 +98,11 @@ def _heat(
     name: str, text: str, density: NDArray[np.float64], rows: tuple[str, list[str]], columns: tuple[str, list[str]]
 ) -> Plot:
     span = (0.0, float(np.nanmax(density)))
-    return plots.heat(
-        name, text, density, rows, columns, span=span, quantity="density", written=lambda v: f"{100 * v:.3g}"
-    )
+    return plots.heat(name, text, density, rows, columns, span=span, quantity="density", written=_percent)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f}" if value >= 0.1 else f"{100 * value:.1f}"
 
 
 def _largest(tables: Sequence[Table]) -> list[Table]:

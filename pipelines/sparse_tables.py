@@ -1,6 +1,5 @@
 """What sparse tables say of themselves: found out when a bundle is made, kept with it, told to terminal and MLflow."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -56,8 +55,8 @@ def figures(found: Description) -> dict[str, float]:
 
 
 def size_of(count: int) -> str:
-    """1,234 B, 12.3 MB."""
-    if count < 10_000:
-        return f"{count:,} B"
-    unit = min(3, int(math.log10(count) // 3))
-    return f"{count / 1000**unit:,.3g} {('B', 'kB', 'MB', 'GB')[unit]}" if count < 1e12 else f"{count / 1e9:,.0f} GB"
+    """Bytes, as 999 B or 12.3 MB."""
+    if count < 1000:
+        return f"{count} B"
+    power = min(3, (len(str(count)) - 1) // 3)
+    return f"{count / 1000**power:,.1f} {('kB', 'MB', 'GB')[power - 1]}"

@@ -156,7 +156,7 @@ def test_what_is_not_sparse_is_not_hidden(examples) -> None:
     assert found.share_not_sparse == pytest.approx((network + kept) / (network + kept + 2 * 4000))
     assert [t.name for t in found.tables if t.sparse] == ["word"]
     assert all(t.spread is None and not t.tenths for t in found.tables)  # nobody counted lookups
-    assert [s.field for s in found.strengths()][0] == "word"
+    assert found.strengths()[0].field == "word"
 
 
 def test_tenths_are_of_equally_many_rows() -> None:
