@@ -128,8 +128,10 @@ def _strengths(found: Description, drawn: list[Plot]) -> list[page.Html]:
     return [
         page.tag("h3", "How much each field counts"),
         page.tag("p", "Spread is how far apart a field's rows lie, each weighted by its lookups in training: what it "
-                 "matters which id an example has. A field that tells nothing comes last, though never at 0: its rows "
-                 "keep the noise that they were drawn and trained with. The sum of magnitudes also ranks fields, but "
-                 "only among those of about as many rows, with which it grows. Numbers have no table and no rank."),
+                 "matters which id an example has. It is never 0, for rows keep some noise that they were drawn and "
+                 "trained with, most where each is looked up seldom: so a field of many rare ids stands higher than "
+                 "it deserves. To be sure of one, train with a copy of its column in shuffled order beside it, and "
+                 "compare the two. The sum of magnitudes grows with the rows; it compares fields of about as many. "
+                 "Numbers have no table and no rank."),
         page.figures(page.figure(drawn, drawing, "Fields by spread")),
     ]  # fmt: skip

@@ -136,7 +136,8 @@ def test_the_page_draws_where_the_weights_are(run: Run, bundle: Bundle) -> None:
         "sparse-tenths-over-time",
         "sparse-fields",
     ]
-    for text in (f"{found.budget:,} of {found.cells:,}", f"{found.share_not_sparse:.1%}", "kept dense", "item_id@cheap"):
+    share = f"{found.share_not_sparse:.1%} are not sparse at all"
+    for text in (f"{found.budget:,} of {found.cells:,}", share, "kept dense", "item_id@cheap"):
         assert text in part
     for bytes_of in (found.sparse.weights, found.sparse.state, found.dense.checkpoint, found.sparse.bundle):
         assert f">{size_of(bytes_of)}<" in part
