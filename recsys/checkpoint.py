@@ -40,6 +40,9 @@ from recsys.tensors import load_tensors, save_tensors
 TABLE = "embed.tables.embedding_bags.{}.weight"
 """Name of a table's weights in the plain model's state dict."""
 
+SIZES = "embed.tables.sizes_R"
+"""Name of what all sparse tables have, and dense ones do not."""
+
 # Shape suffixes: R = rows of a table, D = embedding dimension, K = fresh rows.
 
 
@@ -134,7 +137,7 @@ def stands_at(folder: Path) -> Position:
     return Position.model_validate(read_manifest(resolve(folder / "checkpoint", "checkpoint")).about)
 
 
-def restore(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimizer, *, accumulator: float) -> None:
+def restore(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimizer, *, accumulator: float = 0.0) -> None:
     """Put weights, masks and optimizer states back. Raises ArtefactError if a tensor is missing or of another shape."""
     stored = resolve(folder / "checkpoint", "checkpoint")
     with torch.no_grad():
@@ -171,6 +174,11 @@ def start_from(
     A row that is not fresh keeps its bits. A fresh one begins at the mean of the carried rows, or at a normal draw that
     follows from the seed, its table and its number; its Adagrad sum begins at `accumulator`.
     """
+    if not sharded.sparse and load_tensors(warm.folder / "weights", {SIZES}):
+        raise ArtefactError(
+            f"{warm.folder}: its tables are sparse, those of this run dense; put its [sparsity] back, or train with "
+            "--full"
+        )
     stored = load_tensors(warm.folder / "weights", None if sharded.sparse else weights(sharded))
     states = load_tensors(warm.folder / "table_states", None if sharded.sparse else sharded.tables)
     with torch.no_grad():

@@ -173,20 +173,20 @@ class ExampleStream:
         """All rows, before sampling."""
         return sum(rows for _, _, rows in self._groups)
 
-    def row_counts(self) -> list[Tensor]:
-        """Per sparse feature, how often each row of its table is looked up in the files: counts_R, before sampling.
+    def row_counts(self) -> dict[str, Tensor]:
+        """By sparse feature, how often each row of its table is looked up in the files: counts_R, before sampling.
 
         Raises IdError for an id outside its table.
         """
-        found = [torch.zeros(f.rows, dtype=torch.int64) for f in self.schema.sparse]
+        found = {f.name: torch.zeros(f.rows, dtype=torch.int64) for f in self.schema.sparse}
         for file, group, _ in self._groups:
-            for feature, counts_R in zip(self.schema.sparse, found, strict=True):
+            for feature in self.schema.sparse:
                 column = pl.Series(pq.ParquetFile(file).read_row_group(group, columns=[feature.name]).column(0))
                 ids = column.explode(empty_as_null=False, keep_nulls=False) if feature.multi else column
                 ids_V = check_ids(
                     torch.from_numpy(ids.cast(pl.Int64).to_numpy(writable=True)), feature, "error", self.count
                 )
-                counts_R += torch.bincount(ids_V, minlength=feature.rows)
+                found[feature.name] += torch.bincount(ids_V, minlength=feature.rows)
         return found
 
     def batches_per_epoch(self, epoch: int) -> int:

@@ -90,6 +90,21 @@ class Sharded:
             group["lr"] = value
         optimizer.step()  # the fused kernel reads the rate here; gradients are applied in backward
 
+    def decay_tables(self, strength: float) -> None:
+        """Take the steps that L2 alone would make: w <- w exp(-strength / √G), G being Adagrad's sum of the row.
+
+        `strength` is λ times the learning rate times the steps. Data and L2 thus move a row at one rate, and come to
+        rest where the gradient of the loss is -λ w. A row without gradients so far stays as it is.
+        """
+        tables = [(table.weights_RD, table.state_R) for table in self.tables.values()]
+        groups = [group for part in self.sparse.values() for group in part.groups]
+        tables += [(group.values_NS, group.state) for group in groups if group.state is not None]
+        with torch.no_grad():
+            for weights, sums in tables:
+                for block, of_block in zip(weights.split(_BLOCK), sums.split(_BLOCK), strict=True):
+                    kept = torch.exp(-strength / of_block.sqrt()).masked_fill_(of_block == 0, 1.0)
+                    block.mul_(kept.unsqueeze(1) if kept.ndim == 1 else kept)
+
 
 def join_process_group(device: torch.device) -> None:
     """Join torchrun's group, or make one of this process alone."""
@@ -170,7 +185,9 @@ def _whole_model(
     return Sharded(model, {}, dense, {}, {}, sparse)
 
 
-def reset_tables(sharded: Sharded, seed: int, accumulator: float = 0.0, counts: Sequence[Tensor] | None = None) -> None:
+def reset_tables(
+    sharded: Sharded, seed: int, accumulator: float = 0.0, counts: Mapping[str, Tensor] | None = None
+) -> None:
     """Initialise every table from its name and `seed`: independent of sharding and of the other tables.
 
     `accumulator` is what Adagrad's sum of squared gradients begins at. `counts`: of each sparse feature, how often each

@@ -106,7 +106,7 @@ def _sparse_tables(schema: Schema, named: Sequence[tuple[Sparse, str]], sparsity
             hint = did_you_mean(name, order, f"; they are {', '.join(order)}")
             raise ConfigError(f"sparsity.features: {name!r} is no feature with a table{hint}")
     chosen = set(order if sparsity.features is None else sparsity.features)
-    return [SparseTable(table, order.index(f.name), f.rows, f.multi, f.name in chosen) for f, table in named]
+    return [SparseTable(table, f.name, f.rows, f.multi, f.name in chosen) for f, table in named]
 
 
 def in_order(pooled: KeyedTensor, names: list[str], dim: int) -> Tensor:

@@ -32,6 +32,9 @@ from recsys.sparsity.describe import Watch
 from recsys.sparsity.schedule import Mover
 from recsys.tensors import load_tensors
 
+_DECAY_EVERY = 25
+"""Steps whose share of the tables' L2 is taken at once."""
+
 
 class TrainConfig(Config):
     """How to train. Fields not given have defaults that work on a laptop."""
@@ -46,6 +49,9 @@ class TrainConfig(Config):
     table_accumulator: NonNegativeFloat = 0.0
     """What row-wise Adagrad's sum of mean squared gradients begins at. From 0 a row's first step has the size of the
     learning rate, however rare its id; a larger value lets rows move by what they have seen."""
+    table_l2: NonNegativeFloat = 0.0
+    """L2 of the tables: λ/2 Σ w² is added to the loss, so that rows of rare ids stay small. It takes a pass over all
+    tables every 25 steps."""
     weight_decay: NonNegativeFloat = 0.0
     """L2 in Adam (dense parameters only)."""
     decay_on_plateau: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -176,11 +182,12 @@ def learn(
     sharded = shard(model, device, adagrad, batch_size=config.batch_size)
     optimizer = torch.optim.Adam(sharded.dense.values(), config.learning_rate, weight_decay=config.weight_decay)
     at = _agreed(checkpoint.position_of(folder) if rank == 0 else None)
-    refuse_other_density(at, run, sparsity)
+    refuse_other_density(at, run, sparsity, folder)
     counts = fit.row_counts() if sparsity and sparsity.unequal else None
     if at is None or at.run != run:
-        reset_tables(sharded, config.seed, config.table_accumulator, counts)
-        if warm is not None:
+        if warm is None:
+            reset_tables(sharded, config.seed, config.table_accumulator, counts)
+        else:
             checkpoint.start_from(warm, sharded, optimizer, seed=config.seed, accumulator=config.table_accumulator)
         at = Position(run=run, sparsity=sparsity)
     else:
@@ -204,6 +211,8 @@ def learn(
             optimizer.zero_grad()
             (loss * world).backward()  # TorchRec and DDP take the mean of what the ranks' rows give; it is the sum
             optimizer.step()
+            if config.table_l2 and (at.step + 1) % _DECAY_EVERY == 0:
+                sharded.decay_tables(_DECAY_EVERY * config.table_l2 * config.table_learning_rate * _factor(config, at))
             value = loss.detach().item()
             if not np.isfinite(value):
                 raise DataError(
@@ -308,12 +317,16 @@ def _measure(scored: pl.DataFrame, model: Model, config: TrainConfig) -> dict[st
 
 
 def _set_rates(sharded: Sharded, optimizer: torch.optim.Optimizer, config: TrainConfig, at: Position) -> None:
-    objectives = [h["objective"] for h in at.history if "objective" in h]
-    plateaus = sum(o >= min(objectives[:i], default=float("inf")) for i, o in enumerate(objectives))
-    factor = config.decay_on_plateau**plateaus
+    factor = _factor(config, at)
     sharded.set_table_learning_rate(config.table_learning_rate * factor)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate * factor
+
+
+def _factor(config: TrainConfig, at: Position) -> float:
+    """What plateaus have made of the learning rates."""
+    objectives = [h["objective"] for h in at.history if "objective" in h]
+    return config.decay_on_plateau ** sum(o >= min(objectives[:i], default=np.inf) for i, o in enumerate(objectives))
 
 
 def _progress(
@@ -324,16 +337,22 @@ def _progress(
     return Progress(at.epoch + 1, config.epochs, at.step, total, seen / elapsed, eta, loss)
 
 
-def refuse_other_density(at: Position | None, run: str, sparsity: Sparsity | None) -> None:
+def refuse_other_density(at: Position | None, run: str, sparsity: Sparsity | None, folder: Path) -> None:
     """Raises ConfigError if an unfinished training has begun with other sparsity."""
     if at is None or at.run == run or at.finished or at.sparsity == sparsity:
         return
-    before, now = (f"density {s.density:g}" if s else "dense tables" for s in (at.sparsity, sparsity))
-    what = f"{before}, this run has {now}" if before != now else f"{at.sparsity!r}, this run has {sparsity!r}"
+    was, now = _settings(at.sparsity), _settings(sparsity)
+    key = next((k for k in was if k in now and was[k] != now[k]), "density")
     raise ConfigError(
-        f"[sparsity]: the training that stands at step {at.step} has {what}; set it back to go on with that one, or "
-        "remove its checkpoint to begin anew"
+        f"sparsity.{key} = {now.get(key, 'nothing: tables are dense')}, but the training in {folder} stands at step "
+        f"{at.step} with {was.get(key, 'dense tables')}; set it back to go on with that one, or remove the folder"
     )
+
+
+def _settings(sparsity: Sparsity | None) -> dict[str, Any]:
+    """By name, those of the schedule among them; none of dense tables."""
+    found = {} if sparsity is None else sparsity.model_dump(exclude={"schedule"})
+    return found if sparsity is None else found | {f"schedule.{k}": v for k, v in sparsity.schedule}
 
 
 def run_hash(

@@ -26,6 +26,8 @@ class Schedule(Config):
     """Batches before an update whose summed gradients decide it."""
     window_rows: PositiveInt = 2**17
     """Rows whose gradients are kept at most, whatever the window touches: a sample by a hash of the row."""
+    begin: Literal["step", "zero"] = "step"
+    """What a weight that grows begins at: the step it would have made on the window's gradients, or 0."""
     redistribute: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How much of the exchange is between rows, and so between tables: 1 is as much as `fraction` of all weights. Then
     a row may come to hold none."""
@@ -36,13 +38,13 @@ class Sparsity(Config):
 
     density: Annotated[float, Field(gt=0, le=1)]
     """Share of all weights that is active; their number is constant."""
-    features: tuple[str, ...] | None = None
+    features: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Whose tables are sparse; by default all. The others hold every weight."""
     allocation: Literal["uniform", "er", "popularity"] = "uniform"
     """How the weights are shared out at first. `er`: a table of R rows has a density in proportion to 1/dim + 1/R
     (Erdős-Rényi; Mocanu et al., 2018). `popularity`: a row has weights in proportion to the square root of its
     examples."""
-    positions: Literal["random", "nested"] = "random"
+    positions: Literal["random", "nested", "half"] = "random"
     """Which weights of a row are active at first. `nested`: the first ones, so that all rows have some in common."""
     state: Literal["row", "element"] = "row"
     """Adagrad's sum of squared gradients: one of each row, kept where weights grow; or one of each active weight, which

@@ -1,7 +1,7 @@
 """Sparse tables in numbers: where their weights are, what they take beside dense ones, how much each field counts."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from base.config import Config
-from recsys.embeddings import WIDTH_UNIT, feature_of
+from recsys.embeddings import WIDTH_UNIT
 from recsys.sparsity.layout import slots_of
 from recsys.sparsity.tables import SparseTables
 
@@ -156,10 +156,10 @@ class Description(Config):
         return sorted(found, key=lambda s: s.magnitude if s.spread is None else s.spread, reverse=True)
 
 
-def describe(model: nn.Module, counts: Sequence[Tensor] | None = None) -> Description | None:
+def describe(model: nn.Module, counts: Mapping[str, Tensor] | None = None) -> Description | None:
     """Numbers of a model's sparse tables; None if its tables are dense. No tensor of a table's size is made.
 
-    `counts`: per sparse feature, how often each row of its table was looked up in training.
+    `counts`: by sparse feature, how often each row of its table was looked up in training.
     """
     tables = next((m for m in model.modules() if isinstance(m, SparseTables)), None)
     if tables is None:
@@ -172,7 +172,7 @@ def describe(model: nn.Module, counts: Sequence[Tensor] | None = None) -> Descri
         found.append(
             Table(
                 name=table.name,
-                field=feature_of(table.name),
+                field=table.feature,
                 rows=table.rows,
                 sparse=table.sparse,
                 active=active,
@@ -192,7 +192,7 @@ def describe(model: nn.Module, counts: Sequence[Tensor] | None = None) -> Descri
     )
 
 
-def _strengths(tables: SparseTables, counts: Sequence[Tensor] | None) -> tuple[list[float], list[float | None]]:
+def _strengths(tables: SparseTables, counts: Mapping[str, Tensor] | None) -> tuple[list[float], list[float | None]]:
     """Per table the sum of its weights' magnitudes, and the spread of its rows."""
     number = len(tables.tables)
     magnitude_T, square_T, lookups_T = (torch.zeros(number, dtype=torch.float64) for _ in range(3))
@@ -244,7 +244,7 @@ class Watch:
     """uint8: each row's tenth of its table, TENTHS for rows of tables without; None where all rows have alike."""
 
     @classmethod
-    def over(cls, tables: SparseTables, counts: Sequence[Tensor] | None) -> Self:
+    def over(cls, tables: SparseTables, counts: Mapping[str, Tensor] | None) -> Self:
         """`counts`: lookups in training of each feature's rows, where rows may differ."""
         if counts is None:
             return cls(tables, None)

@@ -3,6 +3,7 @@
 Shapes: R rows of a table, K chosen rows, S slots of a row, D embedding dimension, T tables.
 """
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -29,13 +30,20 @@ def sizes_for(dim: int, *, unequal: bool) -> list[int]:
 
 
 def check_density(density: float, dim: int, *, unequal: bool) -> None:
-    """Raises ConfigError if rows of `dim` cannot be stored, or a row would hold less than one weight."""
+    """Raises ConfigError if rows of `dim` cannot be stored, or would hold less than one weight or more than fit."""
     if dim > WIDEST:
-        raise ConfigError(f"model.dim = {dim}: a sparse table's positions are bytes; use at most {WIDEST}")
+        raise ConfigError(f"model.dim: rows of {dim} weights; a sparse table's positions are bytes: at most {WIDEST}")
+    most = dim // UNIT * UNIT
+    if unequal and density * dim > most + 1e-9:
+        remedy = f"use a density of at most {1000 * most // dim / 1000:g}, or" if most else "use wider ones, or"
+        raise ConfigError(
+            f"sparsity.density = {density:g}: where rows may be unequal they hold whole units of {UNIT} weights, and "
+            f'those of {dim} at most {most}; {remedy} neither allocation = "popularity" nor schedule.redistribute'
+        )
     if density * dim < 1 and not unequal:
         raise ConfigError(
             f"sparsity.density = {density:g}: a row of {dim} would hold {density * dim:.2g} weights; use at least "
-            f"{1 / dim:.3g}, or let rows be unequal (sparsity.schedule.redistribute)"
+            f"{-(-1000 // dim) / 1000:g}, or let rows be unequal (sparsity.schedule.redistribute)"
         )
 
 
@@ -61,7 +69,8 @@ def _between(dim: int, density: float, *, unequal: bool) -> tuple[int, int, int]
     sizes, wanted = sizes_for(dim, unequal=unequal), density * dim
     low = max(s for s in sizes if s <= wanted + 1e-9)
     high = min((s for s in sizes if s > low), default=low)
-    return low, high, round(Fraction(wanted - low) / (high - low) * _ONE) if high > low else 0
+    # Rounded up, so that a whole number of larger rows, which floats may miss by a little, is not one less.
+    return low, high, max(0, math.ceil(Fraction(wanted - low) / (high - low) * _ONE)) if high > low else 0
 
 
 def er_densities(rows_T: Sequence[int], dim: int, density: float) -> list[float]:

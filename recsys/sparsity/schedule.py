@@ -85,7 +85,7 @@ def move(tables: SparseTables, seen: Collector, fraction: float, *, seed: int) -
         grown_K = _redistribute(tables, seen, fraction * schedule.redistribute)
     for group, index_K, sums_KD in _chunks(tables, seen, ~grown_K):
         if 0 < group.size < tables.dim:
-            _exchange(tables, group, index_K, sums_KD.abs(), fraction, generator)
+            _exchange(tables, group, index_K, sums_KD, fraction, generator)
     assert tables.budget == budget, f"{budget} active weights became {tables.budget}"
 
 
@@ -101,7 +101,7 @@ def _exchange(
     tables: SparseTables,
     group: Group,
     index_K: Tensor,
-    strength_KD: Tensor,
+    sums_KD: Tensor,
     fraction: float,
     generator: torch.Generator,
 ) -> None:
@@ -111,6 +111,7 @@ def _exchange(
     positions_KS = group.positions_NS[index_K, :size].cpu().long()
     active_KD = torch.zeros(rows, dim, dtype=torch.bool).scatter_(1, positions_KS, True)
     weights_KD = torch.zeros(rows, dim).scatter_(1, positions_KS, group.values_NS[index_K, :size].cpu())
+    strength_KD = sums_KD.abs()
     if tables.sparsity.schedule.grow == "random":
         strength_KD = torch.rand(rows, dim, generator=generator)
     strength_KD = strength_KD.masked_fill(active_KD, 0.0)
@@ -123,12 +124,15 @@ def _exchange(
     dropped_KD = torch.zeros_like(active_KD).scatter_(1, smallest_KD, chosen_KD)
     grown_KD = torch.zeros_like(active_KD).scatter_(1, steepest_KD, chosen_KD)
     after_KS = (active_KD & ~dropped_KD | grown_KD).nonzero()[:, 1].view(rows, size)
+    missed_KD = tables.missed(group, index_K, sums_KD)
     if group.state is not None and group.state.ndim == 2:
         sums_KD = torch.full((rows, dim), tables.accumulator)
         sums_KD.scatter_(1, positions_KS, group.state[index_K, :size].cpu())
         sums_KD.masked_fill_(grown_KD, tables.accumulator)
         group.state[index_K, :size] = sums_KD.gather(1, after_KS).to(index_K.device)
-    group.values_NS[index_K, :size] = weights_KD.masked_fill_(dropped_KD, 0.0).gather(1, after_KS).to(index_K.device)
+    group.values_NS[index_K, :size] = (
+        torch.where(grown_KD, missed_KD, weights_KD).gather(1, after_KS).to(index_K.device)
+    )
     group.positions_NS[index_K, :size] = after_KS.to(torch.uint8).to(index_K.device)
 
 
@@ -146,7 +150,7 @@ def _redistribute(tables: SparseTables, seen: Collector, fraction: float) -> Ten
     if units:
         grown_K[takers_K[:units]] = True
         givers_K = loss_R.topk(units, largest=False).indices.sort().values
-        tables.resize(givers_K, seen.rows_K[grown_K], seen.sums_KD[grown_K].abs())
+        tables.resize(givers_K, seen.rows_K[grown_K], seen.sums_KD[grown_K])
     return grown_K
 
 

@@ -50,8 +50,7 @@ class SparseTable:
     """One of the tables."""
 
     name: str
-    feature: int
-    """Its feature's place among the schema's sparse ones."""
+    feature: str
     rows: int
     multi: bool
     sparse: bool
@@ -103,16 +102,16 @@ class _Rows:
         kept_KS = self.values_KS.abs().sort(dim=1, descending=True, stable=True).indices[:, :-UNIT].sort(1).values
         return self._at(kept_KS, self.positions_KS, self.values_KS, self.state)
 
-    def more(self, strength_KD: Tensor, accumulator: float) -> "_Rows":
-        """With a unit of weights more: 0, at the positions of most strength that are free."""
-        free_KD = strength_KD.scatter(1, self.positions_KS, -1.0)
+    def more(self, sums_KD: Tensor, first_KD: Tensor, accumulator: float) -> "_Rows":
+        """With a unit of weights more: where it is free and the summed gradients are largest."""
+        free_KD = sums_KD.abs().scatter(1, self.positions_KS, -1.0)
         grown_KS = free_KD.topk(UNIT, dim=1).indices
         positions_KS = torch.cat([self.positions_KS, grown_KS], 1)
-        zeros_KS = torch.zeros(len(grown_KS), UNIT)
+        begun_KS = first_KD.gather(1, grown_KS)
         state = self.state
         if state is not None and state.ndim == 2:
-            state = torch.cat([state, zeros_KS + accumulator], 1)
-        return self._at(positions_KS.argsort(1), positions_KS, torch.cat([self.values_KS, zeros_KS], 1), state)
+            state = torch.cat([state, torch.full_like(begun_KS, accumulator)], 1)
+        return self._at(positions_KS.argsort(1), positions_KS, torch.cat([self.values_KS, begun_KS], 1), state)
 
     def _at(self, order_KS: Tensor, positions_KS: Tensor, values_KS: Tensor, state: Tensor | None) -> "_Rows":
         by_element = state is not None and state.ndim == 2
@@ -136,11 +135,7 @@ class SparseTables(nn.Module):
         super().__init__()
         check_density(sparsity.density, dim, unequal=sparsity.unequal)
         for table in tables:
-            if table.sparse and not even_total(table.rows, dim, sparsity.density, unequal=sparsity.unequal):
-                raise ConfigError(
-                    f"sparsity.density = {sparsity.density:g} leaves table {table.name!r}, {table.rows} x {dim}, "
-                    "without weights; use a larger one, or name the other tables in sparsity.features"
-                )
+            _check_table(table, dim, sparsity.density, sparsity)
         self.tables = tuple(tables)
         self.dim = dim
         self.sparsity = sparsity
@@ -176,7 +171,7 @@ class SparseTables(nn.Module):
             found = er_densities([self.tables[i].rows for i in sparse], self.dim, config.density)
             for i, density in zip(sparse, found, strict=True):
                 densities[i] = density
-                check_density(density, self.dim, unequal=config.unequal)
+                _check_table(self.tables[i], self.dim, density, config)
         parts = [
             even_sizes(t.rows, self.dim, d, unequal=config.unequal and t.sparse)
             for t, d in zip(self.tables, densities, strict=True)
@@ -233,7 +228,7 @@ class SparseTables(nn.Module):
             even_total(rows, self.dim, self.sparsity.density if t.sparse else 1.0, unequal=unequal and t.sparse)
             for rows, t in zip(rows_T, self.tables, strict=True)
         )
-        free = 0.02 * wanted + UNIT * len(self.tables) if self.sparsity.allocation == "er" else 0
+        free = UNIT * len(self.tables) if self.sparsity.allocation == "er" else 0  # each table's is a whole number
         if abs(found - wanted) > free:
             raise ArtefactError(
                 f"{where}: holds {found} weights, a density of {found / (sum(rows_T) * self.dim):.4g}, where "
@@ -262,7 +257,7 @@ class SparseTables(nn.Module):
         """Say how fbgemm's fused Adagrad is to train them (`lr`, `eps`) and where, before they get their weights."""
         self._adagrad, self._device = dict(adagrad), device
 
-    def begin(self, seed: int, accumulator: float, counts: Sequence[Tensor] | None = None) -> None:
+    def begin(self, seed: int, accumulator: float, counts: Mapping[str, Tensor] | None = None) -> None:
         """Initialise: normal weights at positions that follow from `seed` and the tables' names.
 
         `accumulator`: what sums of squared gradients begin at. `counts`: lookups in training of each feature's rows.
@@ -277,7 +272,7 @@ class SparseTables(nn.Module):
         self, tensors: Mapping[str, Tensor], states: Mapping[str, Tensor], accumulator: float, where: Any
     ) -> None:
         """Go on exactly where stored tensors were left. Raises ArtefactError naming what is inconsistent."""
-        self.adopt(tensors, where)
+        self.adopt(tensors, where, device=self._device)
         self.accumulator = accumulator
         for group in self.groups:
             if not group.size:
@@ -335,28 +330,37 @@ class SparseTables(nn.Module):
             group.state = sums
         group.kernel = kernel
 
+    def missed(self, group: Group, index_K: Tensor, sums_KD: Tensor) -> Tensor:
+        """The steps that weights would have made on the summed gradients of a window, had they been active."""
+        if self.sparsity.schedule.begin == "zero" or group.state is None:
+            return torch.zeros_like(sums_KD)
+        state = group.state[index_K.to(group.state.device)].cpu()
+        scale_K = (state if state.ndim == 1 else state[:, : group.size].mean(1)).sqrt() + self._adagrad["eps"]
+        return -self._adagrad["lr"] * sums_KD / scale_K.unsqueeze(1)
+
     def movable(self) -> Tensor:
         """Which rows_R may exchange weights with others: those of tables that are sparse."""
         return torch.cat([torch.full((t.rows,), t.sparse) for t in self.tables])
 
-    def resize(self, givers_K: Tensor, takers_K: Tensor, strength_KD: Tensor) -> None:
+    def resize(self, givers_K: Tensor, takers_K: Tensor, sums_KD: Tensor) -> None:
         """Move a unit of weights from each giver to a taker: as many, none of them both, ascending.
 
-        A giver loses its weights of least magnitude; a taker gains, at 0, those of most `strength_KD`.
+        A giver loses its weights of least magnitude; a taker gains those with the largest gradients in `sums_KD`.
         """
         sizes_R = self.sizes_R.clone()
         sizes_R[givers_K] -= UNIT
         sizes_R[takers_K] += UNIT
         moved: dict[int, list[_Rows]] = {}
-        for rows_K, strength in ((givers_K, None), (takers_K, strength_KD)):
+        for rows_K, sums in ((givers_K, None), (takers_K, sums_KD)):
             for group, index_K, mine_K in self.by_group(rows_K):
                 if len(index_K):
                     chosen = rows_K if mine_K is None else rows_K[mine_K]
                     old = _Rows.of(chosen, group, index_K)
-                    if strength is None:
+                    if sums is None:
                         new = old.less()
                     else:
-                        new = old.more(strength if mine_K is None else strength[mine_K], self.accumulator)
+                        mine_KD = sums if mine_K is None else sums[mine_K]
+                        new = old.more(mine_KD, self.missed(group, index_K, mine_KD), self.accumulator)
                     moved.setdefault(new.positions_KS.shape[1], []).append(new)
         before_R, old_groups = self.sizes_R, {g.size: g for g in self.groups}
         self.groups, groups = [], []
@@ -429,11 +433,13 @@ class SparseTables(nn.Module):
         if collect is not None and torch.is_grad_enabled():
             collect.batch(row_N, bag_N, weight_N)
         shape = (batch, len(self.tables), self.dim)
-        return _Spread.apply(shape, collect, sizes, flats, weights, *values)
+        anchor = torch.empty(0, device=row_N.device, requires_grad=torch.is_grad_enabled())
+        return _Spread.apply(shape, anchor, collect, sizes, flats, weights, *values)
 
     def _lookups(self, sparse: KeyedJaggedTensor, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """row_N, the bag of the batch that it is for, and what it counts there: None for 1 everywhere."""
         ids, lengths, ends = sparse.values(), sparse.lengths().view(-1, batch), sparse.offset_per_key()
+        keys = sparse.keys()
         width, device = len(self.tables), ids.device
         each_B = torch.arange(batch, device=device) * width
         rows: list[Tensor] = []
@@ -441,7 +447,8 @@ class SparseTables(nn.Module):
         weights: list[Tensor] = []
         several = any(t.multi for t in self.tables)
         for i, table in enumerate(self.tables):
-            ids_V = ids[ends[table.feature] : ends[table.feature + 1]]
+            key = keys.index(table.feature)
+            ids_V = ids[ends[key] : ends[key + 1]]
             if ids_V.numel():
                 low, high = torch.aminmax(ids_V)
                 if low < 0 or high >= table.rows:
@@ -449,7 +456,7 @@ class SparseTables(nn.Module):
                     raise IdError(f"table {table.name!r}: id {wrong} is outside its {table.rows} rows")
             rows.append(ids_V + self.starts[i])
             if table.multi:
-                count_B = lengths[table.feature].long()
+                count_B = lengths[key].long()
                 bags.append(torch.repeat_interleave(each_B + i, count_B))
                 weights.append(torch.repeat_interleave(1 / count_B.clamp(min=1), count_B))
             else:
@@ -497,6 +504,10 @@ class SparseTables(nn.Module):
         group.values_NS[place, :size] = torch.randn(count, size, generator=generator) * self.std
         nested = self.sparsity.positions == "nested"
         positions_KS = nested_positions(count, size) if nested else random_positions(count, size, self.dim, generator)
+        if self.sparsity.positions == "half" and size:
+            core = size // 2
+            rest = random_positions(count, size - core, self.dim - core, generator)
+            positions_KS = torch.cat([nested_positions(count, core), rest + core], 1)
         group.positions_NS[place, :size] = positions_KS
 
     def carry(
@@ -534,7 +545,7 @@ class SparseTables(nn.Module):
             count, slots = int((grown_R == size).sum()), slots_of(size)
             group = Group(size, torch.zeros(count, slots), torch.zeros(count, slots, dtype=torch.uint8))
             shape = (count,) if self.sparsity.state == "row" else (count, slots)
-            group.state = torch.full(shape, accumulator)
+            group.state = torch.full(shape, accumulator) if size else None
             source = next((g for g in groups if g.size == size), None)
             sums = states.get(f"state.{size}")
             read = write = 0
@@ -543,9 +554,12 @@ class SparseTables(nn.Module):
                 if kept and source is not None:
                     group.values_NS[write : write + kept] = source.values_NS[read : read + kept]
                     group.positions_NS[write : write + kept] = source.positions_NS[read : read + kept]
-                    if size:
+                    if group.state is not None:
                         if sums is None or sums.shape[1:] != group.state.shape[1:]:
-                            raise ArtefactError(f"{where}: no sums of rows with {size} weights; train with --full")
+                            raise ArtefactError(
+                                f"{where}: has no sums of each {self.sparsity.state} with {size} weights, as "
+                                f'sparsity.state = "{self.sparsity.state}" asks for; set it back, or train with --full'
+                            )
                         group.state[write : write + kept] = sums[read : read + kept] * decay
                 read, write = read + kept, write + all_
             grown.append(group)
@@ -578,6 +592,8 @@ class SparseTables(nn.Module):
                 order_KD = normal_rows(chunk_K, self.dim, ~seed & 0x7FFFFFFF)
             else:
                 first_KD, order_KD = (x.expand(len(chunk_K), -1) for x in (mean_D, mean_D.abs()))
+            if self.sparsity.positions == "nested":
+                order_KD = torch.arange(self.dim, 0, -1).expand(len(chunk_K), -1)
             best_KD = order_KD.sort(dim=1, descending=True, stable=True).indices
             for group, index_K, mine_K in self.by_group(chunk_K + self.starts[table]):
                 chosen_KD = best_KD if mine_K is None else best_KD[mine_K]
@@ -603,6 +619,18 @@ class SparseTables(nn.Module):
         return (total_D / int(known_R.sum())).float()
 
 
+def _check_table(table: SparseTable, dim: int, density: float, sparsity: Sparsity) -> None:
+    """Raises ConfigError where `density`, which is the table's own, leaves it without weights, or a row of equals."""
+    found, none = density * dim, "less than one for each row"
+    if sparsity.unequal:
+        found, none = even_total(table.rows, dim, density, unequal=True), "none at all"
+    if table.sparse and found < 1 - 1e-9:
+        raise ConfigError(
+            f"sparsity.density = {sparsity.density:g} leaves table {table.name!r}, {table.rows} x {dim}, too few "
+            f"weights: {none}; use a larger one, or name the other tables in sparsity.features"
+        )
+
+
 def read_groups(tensors: Mapping[str, Tensor], dim: int, where: Any) -> tuple[Tensor, list[Group]]:
     """sizes_R and groups from stored tensors, checked. Raises ArtefactError naming what is inconsistent."""
     damaged = "restore or rebuild it"
@@ -612,9 +640,10 @@ def read_groups(tensors: Mapping[str, Tensor], dim: int, where: Any) -> tuple[Te
     if len(sizes_R) != int(tensors["rows_T"].sum()):
         raise ArtefactError(f"{where}: sizes of {len(sizes_R)} rows for {int(tensors['rows_T'].sum())}; {damaged}")
     groups: list[Group] = []
+    extra = set(tensors) - {"sizes_R", "rows_T"}
     for size, count in zip(*(x.tolist() for x in torch.unique(sizes_R, return_counts=True)), strict=True):
         values_NS, positions_NS = tensors.get(f"values.{size}"), tensors.get(f"positions.{size}")
-        shape = (count, slots_of(size))
+        shape, extra = (count, slots_of(size)), extra - {f"values.{size}", f"positions.{size}"}
         for name, found in (("values", values_NS), ("positions", positions_NS)):
             if found is None or tuple(found.shape) != shape:
                 is_there = "nothing" if found is None else tuple(found.shape)
@@ -632,7 +661,13 @@ def read_groups(tensors: Mapping[str, Tensor], dim: int, where: Any) -> tuple[Te
                     f"{where}: positions {active_KS[row - first].tolist()} of a row with {size} weights are not "
                     f"ascending numbers below {dim}; {damaged}"
                 )
+        if values_NS[:, size:].any() or positions_NS[:, size:].any():
+            raise ArtefactError(
+                f"{where}: rows with {size} weights hold something where their slots only fill up; {damaged}"
+            )
         groups.append(Group(size, values_NS, positions_NS))
+    if extra:
+        raise ArtefactError(f"{where}: {min(extra)} is of no row; {damaged}")
     return sizes_R, groups
 
 
@@ -649,12 +684,16 @@ def _places(sizes_R: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 class _Spread(torch.autograd.Function):
-    """dense_BTD from weights and where they go; backward, the gradients of these weights alone."""
+    """dense_BTD from weights and where they go; backward, the gradients of these weights alone.
+
+    `anchor` holds nothing: it has the backward pass come here, for the collector, also where no row holds a weight.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         shape: tuple[int, int, int],
+        anchor: Tensor,
         collector: Collector | None,
         sizes: list[int],
         flats: list[Tensor],
@@ -662,8 +701,7 @@ class _Spread(torch.autograd.Function):
         *values: Tensor,
     ) -> Tensor:
         ctx.sizes, ctx.flats, ctx.weights, ctx.collector, ctx.dim = sizes, flats, weights, collector, shape[2]
-        device = values[0].device if values else None
-        dense_X = torch.zeros(shape[0] * shape[1] * shape[2], device=device)
+        dense_X = torch.zeros(shape[0] * shape[1] * shape[2], device=anchor.device)
         for value_NS, flat_NS, weight_N in zip(values, flats, weights, strict=True):
             scaled_NS = value_NS if weight_N is None else value_NS * weight_N.unsqueeze(1)
             dense_X.scatter_add_(0, flat_NS.view(-1), scaled_NS.view(-1))
@@ -679,4 +717,4 @@ class _Spread(torch.autograd.Function):
             found.append(grad_NS if weight_N is None else grad_NS.mul_(weight_N.unsqueeze(1)))
         if ctx.collector is not None:
             ctx.collector.add(grad_X.view(-1, ctx.dim))
-        return (None, None, None, None, None, *found)
+        return (None, None, None, None, None, None, *found)

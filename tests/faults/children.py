@@ -55,7 +55,7 @@ def train(config: str, folder: str) -> dict[str, Any]:
         )
         for role in ("train", "valid")
     )
-    trained = trainer.train(run.model, schema, fit, valid, run.train, Path(folder))
+    trained = trainer.train(run.model, schema, fit, valid, run.train, Path(folder), sparsity=run.sparsity)
     weights = {n: hashlib.sha256(w.numpy().tobytes()).hexdigest() for n, w in sorted(trained.weights.items())}
     return {"weights": weights, "history": trained.history, "resumed_at": trained.resumed_at}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from base.storage import verify, versions_of
+from base.storage import read_manifest, resolve, verify, versions_of
 from recsys import checkpoint
 from tests.faults.conftest import Answer, Order, Platform
 
@@ -13,9 +13,34 @@ COMMITTED = (0, 2, 4, 6, 8, 10, 12)
 """Steps with a checkpoint: every second one, and the end of each of the two epochs of six."""
 
 
+SPARSE = """
+[sparsity]
+density = 0.5
+state = "element"
+
+[sparsity.schedule]
+interval = 3
+window = 2
+redistribute = 0.5
+stop = 1
+"""
+"""The mask moves after steps 3, 6, 9 and 12, so that most checkpoints lie in a window."""
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "training"
+
+
+@pytest.fixture(scope="module")
+def sparse(platform: Platform, order: Order, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Answer]:
+    """A run file with sparse tables, the training folder of a run that nothing happened to, and its outcome."""
+    root = tmp_path_factory.mktemp("sparse")
+    config = root / "run.toml"
+    config.write_text(platform.config.read_text() + SPARSE)
+    answer = order("train", config=config, folder=root / "uninterrupted")
+    assert answer.status == 0, answer.output
+    return config, root / "uninterrupted", answer
 
 
 def step_of(folder: Path) -> int:
@@ -76,6 +101,23 @@ def test_killed_once_and_run_again(
     again = order("train", config=platform.config, folder=folder)
     assert again.result["resumed_at"] == resumed_at
     check_finished(folder, again, uninterrupted[1])
+
+
+@pytest.mark.parametrize(("point", "passage", "resumed_at"), KILLS, ids=[f"{p} {n}" for p, n, _ in KILLS])
+def test_sparse_tables_are_killed_once_and_run_again(
+    sparse: tuple[Path, Path, Answer], order: Order, folder: Path, point: str, passage: int, resumed_at: int
+) -> None:
+    """Masks, weights, sums and the window that is watched: all that the last checkpoint holds is the same."""
+    config, uninterrupted, expected = sparse
+    killed = order("train", {"RECSYS_FAULT": f"{point}:kill:{passage}"}, config=config, folder=folder)
+    assert killed.status == -signal.SIGKILL, killed.output
+    assert step_of(folder) <= resumed_at  # a checkpoint of sparse tables is one file more
+    again = order("train", config=config, folder=folder)
+    assert again.result["resumed_at"] == step_of(folder) or again.status == 0
+    check_finished(folder, again, expected)
+    for file in read_manifest(resolve(uninterrupted / "checkpoint")).files:
+        ours, theirs = (resolve(f / "checkpoint") / file for f in (folder, uninterrupted))
+        assert ours.read_bytes() == theirs.read_bytes(), file
 
 
 def test_killed_again_and_again(

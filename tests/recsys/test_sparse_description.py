@@ -38,7 +38,9 @@ CASES = {
 }
 
 
-def in_training(config: ModelConfig, schema: Schema, sparsity: Sparsity | None, counts: list[Tensor]) -> Sharded:
+def in_training(
+    config: ModelConfig, schema: Schema, sparsity: Sparsity | None, counts: dict[str, Tensor] | None
+) -> Sharded:
     model = build_model(config, schema, table_device="meta", sparsity=sparsity)
     sharded = shard(model, CPU, {"lr": 0.1, "eps": 1e-8}, batch_size=100)
     reset_tables(sharded, 1, 0.0, counts)
@@ -78,11 +80,11 @@ def test_says_what_the_rows_written_out_say(examples, case: str, tmp_path: Path,
     for table, start, said in zip(tables.tables, tables.starts, found.tables, strict=True):
         mine = slice(start, start + table.rows)
         lookups_R = np.zeros(table.rows, dtype=np.int64)
-        column = frame[schema.sparse[table.feature].name]
+        column = frame[table.feature]
         for row in (column.explode(empty_as_null=False, keep_nulls=False) if table.multi else column).to_list():
             lookups_R[row] += 1
         assert (said.name, said.rows, said.sparse) == (table.name, table.rows, table.sparse)
-        assert said.field == schema.sparse[table.feature].name
+        assert said.field == table.feature
         assert said.active == int(exists_RD[mine].sum())
         assert said.density == pytest.approx(exists_RD[mine].double().mean().item())
         w_RD = weights_RD[mine].double().numpy()
@@ -126,7 +128,7 @@ def test_counts_the_bytes_that_are_there(examples, case: str, tmp_path: Path) ->
     assert said.places == (0 if tables.place_R is None else tables.place_R.nbytes)
     assert said.network == 4 * found.network == sum(p.nbytes for p in sharded.dense.values())
 
-    sharded_dense = in_training(config, schema, None, [])
+    sharded_dense = in_training(config, schema, None, None)
     dense, plain = found.dense, sharded_dense.tables.values()
     assert dense.weights + dense.padding == sum(t.weights_RD.nbytes for t in plain)
     assert dense.state == sum(t.state_R.nbytes for t in plain)
@@ -195,7 +197,7 @@ def test_even_rows_and_dense_tables_note_no_tenths(examples) -> None:
     tables = tables_in(build_model(AUTOINT, examples.schema(), sparsity=UNEVEN))
     noted = Watch.over(tables, None).densities()
     assert set(noted) == {"density.word", "density.tags", "density.shape"}
-    counts = [torch.ones(f.rows, dtype=torch.int64) for f in examples.schema().sparse]
+    counts = {f.name: torch.ones(f.rows, dtype=torch.int64) for f in examples.schema().sparse}
     assert len(Watch.over(tables, counts).densities()) == 3 + TENTHS
 
 

@@ -29,6 +29,7 @@ from recsys.models.esmm import ESMMConfig
 from recsys.models.fm import FMConfig
 from recsys.models.lr import LRConfig
 from recsys.network import MLPTower
+from recsys.sparsity.config import Schedule, Sparsity
 from recsys.tensors import load_tensors
 from recsys.trainer import Progress, TrainConfig, Trained, train
 
@@ -193,6 +194,7 @@ def test_a_finished_run_is_not_trained_again(data: Any, tmp_path: Path) -> None:
         {"learning_rate": 0.02},
         {"table_learning_rate": 0.2},
         {"table_accumulator": 0.1},
+        {"table_l2": 0.1},
         {"epochs": 4},
         {"batch_size": 99},
         {"threads": 2},
@@ -524,6 +526,41 @@ def test_adagrad_may_begin_with_more_than_it_has_seen(data: Any, tmp_path: Path)
     )
     table_name = "embed.tables.embedding_bags.a.weight"
     assert with_more[table_name].abs().mean() < 0.3 * with_less[table_name].abs().mean()
+
+
+@pytest.mark.parametrize("sparsity", [None, Sparsity(density=1.0, state="element", schedule=Schedule(grow="none"))])
+def test_l2_of_tables_moves_each_row_at_its_own_rate(sparsity: Sparsity | None, data: Any) -> None:
+    model = build_model(FMConfig(dim=7), SCHEMA, table_device="meta", sparsity=sparsity)
+    sharded = shard(model, torch.device("cpu"), {"lr": 0.1, "eps": 1e-8}, batch_size=100)
+    reset_tables(sharded, 0)
+    batch = next(data[0].epoch(0))
+    model.loss(sharded.module(batch), batch.labels_BT).backward()
+    found = [(t.weights_RD, t.state_R) for t in sharded.tables.values()]
+    found += [(g.values_NS, g.state) for part in sharded.sparse.values() for g in part.groups if g.state is not None]
+    before = [(weights.double().clone(), sums.double().clone()) for weights, sums in found]
+    sharded.decay_tables(0.003)
+    for (weights, _), (old, sums) in zip(found, before, strict=True):
+        rate = torch.where(sums > 0, torch.exp(-0.003 / sums.sqrt()), 1.0)
+        assert (rate < 0.99).any()
+        torch.testing.assert_close(weights.double(), old * (rate if rate.ndim == 2 else rate[:, None]))
+
+
+def test_l2_of_tables_comes_to_rest_where_the_losses_slope_is_minus_lambda_w(data: Any) -> None:
+    """On one batch over and over, of which rows have different shares."""
+    model = build_model(LRConfig(), SCHEMA, table_device="meta")
+    sharded = shard(model, torch.device("cpu"), {"lr": 0.5, "eps": 1e-8}, batch_size=100)
+    reset_tables(sharded, 0)
+    batch, table = next(data[0].epoch(0)), sharded.tables["a"]
+    assert len(batch.sparse["a"].values().bincount().unique()) > 3
+    for _ in range(1500):
+        before_R = table.weights_RD[:, 0].clone()
+        sums_R = table.state_R.clone()
+        model.loss(sharded.module(batch), batch.labels_BT).backward()
+        slope_R = (before_R - table.weights_RD[:, 0]) * table.state_R.sqrt() / 0.5
+        sharded.decay_tables(0.01 * 0.5)
+    seen_R = sums_R > 0
+    assert before_R[seen_R].abs().max() > 0.1
+    torch.testing.assert_close(slope_R[seen_R], -0.01 * before_R[seen_R], atol=3e-4, rtol=0.02)
 
 
 def test_weight_decay_shrinks_dense_weights(data: Any, tmp_path: Path) -> None:
