@@ -316,6 +316,19 @@ def shares(name: str, labels: Sequence[str], before: Sequence[float], now: Seque
     return _plot(name, f"{quantity}, before and on the day", 1.15 + 0.24 * len(labels), draw)
 
 
+def bars(name: str, labels: Sequence[str], values: Sequence[float], quantity: str) -> Plot:
+    """A bar per line, from 0."""
+    places = np.arange(len(labels))
+
+    def draw(_: Figure, axes: Axes) -> None:
+        axes.barh(places, values, height=0.62, color=MODEL, alpha=0.8)
+        axes.set_xlim(left=0)
+        _lines(axes, labels)
+        axes.set_xlabel(quantity)
+
+    return _plot(name, f"{quantity} by line", 0.85 + 0.24 * len(labels), draw)
+
+
 def _lines(axes: Axes, labels: Sequence[str]) -> None:
     """One line per label, the first on top."""
     axes.set_yticks(np.arange(len(labels)), [short(label) for label in labels])

@@ -23,7 +23,7 @@ from base.storage import dump_json, is_published, publish, read_manifest, resolv
 from features.schema import Output
 from features.source import REASON
 from features.transforms import UNKNOWN
-from pipelines import drift_page, judgement, page, plots, ranking_page, tasks_page
+from pipelines import drift_page, judgement, page, plots, ranking_page, sparse_page, tasks_page
 from pipelines.config import Run
 from pipelines.evaluate import evaluation_of
 from pipelines.line import Line
@@ -71,6 +71,7 @@ def report(run: Run, *, partition: str | None = None) -> Path:
         _slices(facts, drawn),
         _attention(facts, drawn),
         *_pairs(facts, drawn),
+        sparse_page.section(facts.bundle, drawn),
         *drift_page.sections(run, facts.bundle, facts.partitions, drawn),
         _made_of(facts),
     ]

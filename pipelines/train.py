@@ -1,6 +1,7 @@
 """train: prepared examples in; a bundle, an MLflow run and a registered challenger out."""
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipelines.examples import examples_of
 from pipelines.measure import check_outputs, scored_table
 from pipelines.profile import reference_of
 from pipelines.rankings import ranking_of
+from pipelines.sparse_tables import described, figures, sentence, with_description
 from pipelines.tracking import registry_of
 from recsys import processes
 from recsys.bundle import NOWHERE, Bundle, Origin, golden_rows, load_model
@@ -109,6 +111,8 @@ def register(
     known, tags = registry.run_of_training(bundle.version), {TRAINING: bundle.version}
     with registry.run(known, name=f"{name} {run.key}" if run.key else name, tags=tags) as active:
         _log(run, trained, bundle.metrics["history"], examples)
+        if found := described(bundle):
+            mlflow.log_metrics(_named(figures(found)))
         registered = registry.register(bundle, resolve(run.bundle_path), Path(served.__file__), active.info.run_id)
     say(f"registered {registry.name} version {registered.version} as challenger")
     return registered
@@ -121,7 +125,8 @@ def make_bundle(
     path_of: Callable[[str], Path],
     origin: Origin = NOWHERE,
 ) -> Bundle:
-    """Calibrate, take golden rows, publish. Where training had no validation rows, they are measured here."""
+    """Calibrate, describe sparse tables, take golden rows, publish. Without validation rows in training, they are
+    measured here."""
     schema = run.schema_of(fitted)
     where = run.folder / "training"
     model = load_model(run.model, schema, trained.weights, where=where, sparsity=run.sparsity)
@@ -142,6 +147,7 @@ def make_bundle(
         bundle = replace(
             bundle, metrics={**bundle.metrics, "history": [*trained.history[:-1], trained.history[-1] | measured]}
         )
+    bundle = with_description(run, bundle, path_of)
     bundle = replace(bundle, calibrators=_calibrators(run, bundle))
     bundle = replace(bundle, profile=reference_of(run, bundle, path_of))
     held_out = run.source.checked(run.source.partitions("valid")[0]).filter(pl.col(REASON).is_null())
@@ -154,6 +160,8 @@ def _say(run: Run, trained: Trained, bundle: Bundle, say: Callable[[str], None])
         f"{run.name or run.model.name}: best epoch {trained.best_epoch} of {len(trained.history)}, "
         f"{trained.rows_per_second:,.0f} rows/s, bundle {bundle.version}"
     )
+    if found := described(bundle):
+        say(sentence(found))
 
 
 def _calibrators(run: Run, bundle: Bundle) -> dict[str, Calibrator]:
@@ -185,7 +193,7 @@ def _log(
     }
     mlflow.log_params({key: str(value)[:500] for key, value in parameters.items()})
     for entry in history:
-        mlflow.log_metrics({k: v for k, v in entry.items() if k != "epoch"}, step=int(entry["epoch"]))
+        mlflow.log_metrics(_named({k: v for k, v in entry.items() if k != "epoch"}), step=int(entry["epoch"]))
     mlflow.log_metrics({"best_epoch": trained.best_epoch})
     if trained.rows_per_second:
         mlflow.log_metric("rows_per_second", trained.rows_per_second)
@@ -196,3 +204,8 @@ def _log(
         source = HTTPDatasetSource(f"file://{Path(about['raw']['path']).absolute()}")
         digest = about["raw"]["sha256"][:36]
         mlflow.log_input(MetaDataset(source, name=partition, digest=digest), context, {"rows": str(about["rows"])})
+
+
+def _named(metrics: Mapping[str, float]) -> dict[str, float]:
+    """With the letters that MLflow takes: a table of one task among several is called `field@task`."""
+    return {re.sub(r"[^\w\-. /]", "_", name): value for name, value in metrics.items()}

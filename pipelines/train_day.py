@@ -19,6 +19,7 @@ from pipelines.daily import prepare_day
 from pipelines.examples import examples_of
 from pipelines.line import Line, adopt, current_line, line_of
 from pipelines.measure import check_outputs
+from pipelines.sparse_tables import described, sentence
 from pipelines.tracking import registry_of
 from pipelines.train import fit_window, make_bundle, register
 from recsys import processes
@@ -79,6 +80,8 @@ def _make(run: Run, on_step: OnStep, say: Say) -> Bundle:
     origin = Origin(day=run.day, line=line.name, trained_to=str(run.trained_to), calibrated_on=calibrated_on)
     bundle = make_bundle(run, line.features(run.trained_to), _read(state)[0], line.examples_path, origin)
     say(f"{run.key}: trained to {run.trained_to}, calibrated on {calibrated_on}, bundle {bundle.version}")
+    if found := described(bundle):
+        say(f"{run.key}: {sentence(found)}")
     return bundle
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +31,7 @@ from recsys.models import Model, ModelConfig, build_model
 from recsys.models.two_tower import TwoTower
 from recsys.retrieval import Ranking, rank_items
 from recsys.sparsity.config import Sparsity
+from recsys.sparsity.describe import Watch
 from recsys.sparsity.schedule import Mover
 from recsys.tensors import load_tensors
 
@@ -100,7 +101,7 @@ class Trained:
     state: Path
     """Where these weights and the optimizers' states lie, for the next day to start from."""
     history: list[dict[str, float]]
-    """One entry per epoch: training loss, metrics on the validation rows if there are any."""
+    """One entry per epoch: training loss; metrics on the validation rows and densities of sparse tables, if any."""
     curve: list[tuple[float, float]]
     """Training loss by epochs done."""
     best_epoch: int
@@ -194,7 +195,7 @@ def learn(
     optimizer = torch.optim.Adam(sharded.dense.values(), config.learning_rate, weight_decay=config.weight_decay)
     at = _agreed(checkpoint.position_of(folder) if rank == 0 else None)
     refuse_other_density(at, run, sparsity, folder)
-    counts = fit.row_counts() if sparsity else None
+    counts = fit.row_counts() if sparsity and sparsity.unequal else None
     if at is None or at.run != run:
         if warm is None:
             reset_tables(sharded, config.seed, config.table_accumulator, counts)
@@ -206,6 +207,7 @@ def learn(
     mover = Mover(
         list(sharded.sparse.values()), config.epochs * fit.batches_per_epoch(0), config.seed, warm=warm is not None
     )
+    watches = [Watch.over(tables, counts) for tables in sharded.sparse.values()]
     resumed_at, seen, started = at.step, 0, time.perf_counter()
     while not at.finished:
         per_epoch = fit.batches_per_epoch(at.epoch)
@@ -235,7 +237,8 @@ def learn(
             if at.batch % config.checkpoint_every == 0 and at.batch < per_epoch:
                 checkpoint.save(folder, sharded, optimizer, at)
             faultpoint(f"trainer.step@{rank}" if rank else "trainer.step")
-        at = _close_epoch(at, config, sharded, optimizer, model, valid, device, folder)
+        densities = {name: value for watch in watches for name, value in watch.densities().items()}
+        at = _close_epoch(at, densities, config, sharded, optimizer, model, valid, device, folder)
         checkpoint.save(folder, sharded, optimizer, at)
     if rank == 0:
         checkpoint.tidy(folder, at)  # a process killed at the very end did not come to it
@@ -283,6 +286,7 @@ def _agreed(position: Position | None) -> Position | None:
 
 def _close_epoch(
     at: Position,
+    densities: Mapping[str, float],
     config: TrainConfig,
     sharded: Sharded,
     optimizer: torch.optim.Optimizer,
@@ -293,7 +297,7 @@ def _close_epoch(
 ) -> Position:
     """Measure, keep the weights if they are the best so far, decide whether to go on."""
     epoch = at.epoch + 1
-    entry = {"epoch": float(epoch), "step": float(at.step), "train_loss": at.epoch_loss / at.batch}
+    entry = {"epoch": float(epoch), "step": float(at.step), "train_loss": at.epoch_loss / at.batch, **densities}
     improved, skipped = True, epoch % config.evaluate_every != 0 and epoch < config.epochs
     if valid is not None and skipped:
         improved = False
