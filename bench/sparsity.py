@@ -236,7 +236,7 @@ def _gowalla(run: Run, fitted: FittedPipeline, kind: Kind, seed: int) -> Mapping
             lambda s: (x for x, _ in trainer.passed(model, s, CPU)), model, ranking_of(run, fitted, TEST)
         )
     (top,) = found.filter(slice="all", k=20).to_dicts()
-    curve = [h["recall"] for h in history if "recall" in h]
+    curve = [h["recall_20"] for h in history if "recall_20" in h]
     return {"recall": top["recall"], "ndcg": top["ndcg"], "valid": curve, "best_epoch": best, "bytes": _bytes(model)}
 
 

@@ -32,6 +32,7 @@ from recsys.data import ExampleStream
 from recsys.device import pick_device
 from recsys.metrics import evaluate, headline, in_space
 from recsys.registry import TRAINING, ModelRegistry, Registered
+from recsys.sparsity.soup import soup_of
 from recsys.trainer import Progress, Trained
 
 GOLDEN_ROWS = 64
@@ -82,19 +83,16 @@ def fit_window(
     else:
         valid, counts = ranking_of(run, fitted, validation), fitted.counts_of(run.item_feature)
         folders["ranking"] = valid.folder
-    trained = processes.train(
-        run.model,
-        schema,
-        fit,
-        valid,
-        run.train,
-        run.folder / "training",
-        device=pick_device(run.device),
-        sparsity=run.sparsity,
-        identity=hashlib.sha256(dump_json({p: f.name for p, f in folders.items()})).hexdigest(),
-        item_counts=counts,
-        on_step=on_step,
-    )
+    options: Any = {
+        "device": pick_device(run.device),
+        "identity": hashlib.sha256(dump_json({p: f.name for p, f in folders.items()})).hexdigest(),
+        "item_counts": counts,
+        "on_step": on_step,
+    }
+    arguments = (run.model, schema, fit, valid, run.train, run.folder / "training")
+    trained = processes.train(*arguments, sparsity=run.sparsity, **options)
+    if run.sparsity is not None and run.sparsity.soup is not None:
+        trained = soup_of(trained, *arguments, run.sparsity, run.sparsity.soup, **options)
     return trained, {p: read_manifest(folders[p]).about for p in [*training, *validation]}
 
 

@@ -43,6 +43,8 @@ def train_day(run: Run, *, on_step: OnStep = lambda _: None, say: Say = print) -
     if run.retrieval is not None:
         raise ConfigError(f"train --day: {run.model.name} is trained on a split alone; name one in data.split")
     check_outputs(run)
+    if run.sparsity is not None and run.sparsity.soup is not None:
+        raise ConfigError("sparsity.soup: a daily model goes on from one training, not from a mean; leave it out")
     registry = registry_of(run)  # first: hours of training should not end in a refused connection
     with exclusive(run.output / "training", say):
         bundle = _made(run)

@@ -303,7 +303,7 @@ def _close_epoch(
         improved = False
     elif valid is not None:
         sharded.module.eval()
-        entry = agree(entry | _measure(sharded.module, valid, model, config, device))
+        entry = agree(entry | measured(sharded.module, valid, model, config, device))
         known = (h["objective"] for h in at.history if "objective" in h)
         improved = entry["objective"] < min(known, default=float("inf"))
     moved = {"best": checkpoint.save_best(folder, sharded, optimizer), "best_epoch": epoch} if improved else {}
@@ -322,7 +322,7 @@ def _close_epoch(
     )
 
 
-def _measure(
+def measured(
     module: Callable[..., Tensor],
     valid: ExampleStream | Ranking,
     model: Model,
@@ -335,12 +335,12 @@ def _measure(
         table = rank_items(lambda stream: (x for x, _ in passed(module, stream, device)), model, valid, brief=True)
         if table.is_empty():
             return {}
-        measured = {
+        found = {
             f"{name}_{k}": value
             for k, recall, ndcg in table.select("k", "recall", "ndcg").iter_rows()
             for name, value in (("recall", recall), ("ndcg", ndcg))
         }
-        return {"objective": -measured[f"{config.monitor}_{valid.cuts.k[0]}"], **measured}
+        return {"objective": -found[f"{config.monitor}_{valid.cuts.k[0]}"], **found}
     scored = predict(module, model, valid, device)
     return _measure_scored(scored, model, config) if dist.get_rank() == 0 else {}
 

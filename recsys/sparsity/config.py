@@ -33,6 +33,14 @@ class Schedule(Config):
     a row may come to hold none."""
 
 
+class Soup(Config):
+    """Further trainings from the best weights, with their mask, whose mean is taken if it is better on validation."""
+
+    members: Annotated[int, Field(ge=2)] = 3
+    epochs: PositiveInt = 1
+    """Of each member."""
+
+
 class Sparsity(Config):
     """A sparse table: each row holds a few of its `dim` weights and their positions, and nothing else exists."""
 
@@ -45,11 +53,13 @@ class Sparsity(Config):
     (Erdős-Rényi; Mocanu et al., 2018). `popularity`: a row has weights in proportion to the square root of its
     examples."""
     positions: Literal["random", "nested", "half"] = "random"
-    """Which weights of a row are active at first. `nested`: the first ones, so that all rows have some in common."""
+    """Which weights of a row are active at first. `nested`: the first ones, so that all rows have them in common;
+    `half`: half of them so, the others at random."""
     state: Literal["row", "element"] = "row"
     """Adagrad's sum of squared gradients: one of each row, kept where weights grow; or one of each active weight, which
     begins anew with it."""
     schedule: Schedule = Schedule()
+    soup: Soup | None = None
 
     @property
     def unequal(self) -> bool:
