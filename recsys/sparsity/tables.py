@@ -389,11 +389,12 @@ class SparseTables(nn.Module):
         if old is not None:
             known_N = (before_R == size).nonzero().squeeze(1)
             stay_N = (sizes_R[known_N] == size).nonzero().squeeze(1)
-            place_N = torch.searchsorted(rows_N, known_N[stay_N]).to(device)
-            group.values_NS[place_N] = old.values_NS[stay_N.to(device)]
-            group.positions_NS[place_N] = old.positions_NS[stay_N.to(device)]
-            if group.state is not None and old.state is not None:
-                group.state[place_N] = old.state[stay_N.to(device)]
+            for stay_K in stay_N.split(_CHUNK):
+                place_K, from_K = torch.searchsorted(rows_N, known_N[stay_K]).to(device), stay_K.to(device)
+                group.values_NS[place_K] = old.values_NS[from_K]
+                group.positions_NS[place_K] = old.positions_NS[from_K]
+                if group.state is not None and old.state is not None:
+                    group.state[place_K] = old.state[from_K]
         for rows in arrived:
             place_K = torch.searchsorted(rows_N, rows.rows_K).to(device)
             group.values_NS[place_K, :size] = rows.values_KS.to(device)
