@@ -463,6 +463,18 @@ def test_smallest_weights_are_dropped_and_steepest_grow(
     assert (active_after != active).any(1).sum() > 80
 
 
+def test_a_row_that_never_moved_begins_within_the_steps_of_a_window() -> None:
+    """Its sum of squares is 0, and a step over its root would have no bound."""
+    for schedule in ({"window": 3}, {"window": 3, "redistribute": 1.0}):
+        tables = make([50], 8, 0.5, schedule=schedule)
+        before = expanded.masks(tables)["t0"]
+        sums_KD = torch.randn(50, 8) * 1e-3
+        move(tables, collected(tables, range(50), sums_KD), 0.5, seed=0)
+        grown = expanded.masks(tables)["t0"] & ~before
+        assert grown.any()
+        torch.testing.assert_close(expanded.weights(tables)["t0"][grown], -0.3 * sums_KD[grown].sign())
+
+
 def test_a_fraction_of_a_weight_is_one_in_so_many_rows() -> None:
     tables = make([4000], 16, 0.25)
     active = expanded.masks(tables)["t0"]
