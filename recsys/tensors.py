@@ -1,9 +1,10 @@
 """Tensors on disk: safetensors only, large ones cut into row ranges; no pickle is ever read."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,7 +31,7 @@ def save_tensors(staging: Staging, folder: str, tensors: Mapping[str, Tensor], *
             continue
         for start, block in zip(*_blocks(kept, large), strict=True):
             # The row number in the key, not the file's name: names may hold anything.
-            save_file({f"{name}{_ROWS}{start:012}": block.clone()}, staging / f"{folder}/rows-{files:05}.safetensors")
+            save_file({_key(name, start): block.clone()}, staging / f"{folder}/rows-{files:05}.safetensors")
             files += 1
     save_file(small, staging / f"{folder}/small.safetensors")
 
@@ -38,39 +39,58 @@ def save_tensors(staging: Staging, folder: str, tensors: Mapping[str, Tensor], *
 def load_tensors(folder: Path, only: Container[str] | None = None) -> dict[str, Tensor]:
     """Read what `save_tensors` wrote, or what is named in `only`. Raises ArtefactError naming an unreadable file."""
     whole: dict[str, Tensor] = {}
-    parts: dict[str, dict[int, Tensor]] = {}
+    parts: dict[str, dict[int, Path]] = {}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ArtefactError(f"{folder}: holds no weights; restore or rebuild the artefact")
     for file in files:
-        try:
-            loaded = _load(file, only)
-        except (SafetensorError, OSError) as error:
-            raise ArtefactError(f"{file}: cannot be read ({error}); restore or rebuild the artefact") from None
-        for key, tensor in loaded.items():
-            name, mark, start = key.rpartition(_ROWS)
-            if mark:
-                parts.setdefault(name, {})[int(start)] = tensor
-            else:
-                whole[key] = tensor
+        with _opened(file) as opened:
+            for key in opened.keys():  # noqa: SIM118
+                name, mark, start = key.rpartition(_ROWS)
+                if only is not None and (name if mark else key) not in only:
+                    continue
+                if mark:
+                    parts.setdefault(name, {})[int(start)] = file
+                else:
+                    whole[key] = opened.get_tensor(key)
     for name, blocks in parts.items():
-        end = 0
-        for start in sorted(blocks):
-            if start != end:
-                raise ArtefactError(f"{folder}: rows {end} to {start} of {name!r} are missing; restore or rebuild it")
-            end += blocks[start].shape[0]
-        whole[name] = torch.cat([blocks[s] for s in sorted(blocks)])
+        whole[name] = _joined(folder, name, blocks)
     return whole
 
 
-def _load(file: Path, only: Container[str] | None) -> dict[str, Tensor]:
-    with safe_open(file, "pt") as opened:
-        return {k: opened.get_tensor(k) for k in opened.keys() if only is None or _name(k) in only}  # noqa: SIM118
+def _joined(folder: Path, name: str, blocks: Mapping[int, Path]) -> Tensor:
+    """A tensor from its row ranges, one of them in memory at a time beside the whole."""
+    ends: dict[int, int] = {}
+    end, form = 0, (0,)
+    for start, file in sorted(blocks.items()):
+        if start != end:
+            raise ArtefactError(f"{folder}: rows {end} to {start} of {name!r} are missing; restore or rebuild it")
+        with _opened(file) as opened:
+            form = tuple(opened.get_slice(_key(name, start)).get_shape())
+        end += form[0]
+        ends[start] = end
+    joined = _read(blocks[0], _key(name, 0)).new_empty(end, *form[1:])
+    for start, file in blocks.items():
+        joined[start : ends[start]] = _read(file, _key(name, start))
+    return joined
 
 
-def _name(key: str) -> str:
-    name, mark, _ = key.rpartition(_ROWS)
-    return name if mark else key
+def _read(file: Path, key: str) -> Tensor:
+    with _opened(file) as opened:
+        return opened.get_tensor(key)
+
+
+def _key(name: str, start: int) -> str:
+    return f"{name}{_ROWS}{start:012}"
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, "pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{file}: cannot be read ({error}); restore or rebuild the artefact") from None
 
 
 def _blocks(tensor: Tensor, large: int) -> tuple[range, tuple[Tensor, ...]]:
