@@ -44,6 +44,9 @@ from recsys.sparsity.layout import (
 _CHUNK = 2**16
 """Rows that are worked on at a time, so that what is made of them stays small."""
 
+_LOOKUPS = 2**14
+"""Lookups whose cells are worked out at a time, so that they stay in the processor's cache."""
+
 
 @dataclass(frozen=True)
 class SparseTable:
@@ -411,19 +414,16 @@ class SparseTables(nn.Module):
         Raises IdError for an id outside its table.
         """
         batch = sparse.stride()
-        row_N, bag_N, weight_N = self._lookups(sparse, batch)
-        values: list[Tensor] = []
-        flats: list[Tensor] = []
-        weights: list[Tensor | None] = []
+        row_N, bag_N, share_X = self._lookups(sparse, batch)
         sizes: list[int] = []
+        places: list[tuple[Tensor, Tensor]] = []
+        values: list[Tensor] = []
         for group, index_N, chosen_N in self.by_group(row_N):
             if not index_N.numel() or not group.size:
                 continue
             sizes.append(group.size)
-            flat_NS = group.positions_NS.index_select(0, index_N).long()
             bags_N = bag_N if chosen_N is None else bag_N.index_select(0, chosen_N)
-            flats.append(flat_NS.add_((bags_N * self.dim).unsqueeze(1)))
-            weights.append(weight_N if weight_N is None or chosen_N is None else weight_N.index_select(0, chosen_N))
+            places.append((bags_N, group.positions_NS.index_select(0, index_N)))
             if group.kernel is not None and torch.is_grad_enabled():
                 each = torch.arange(len(index_N) + 1, device=index_N.device)
                 values.append(group.kernel(index_N, each))
@@ -431,39 +431,41 @@ class SparseTables(nn.Module):
                 values.append(group.values_NS.index_select(0, index_N))
         collect = self.collector
         if collect is not None and torch.is_grad_enabled():
-            collect.batch(row_N, bag_N, weight_N)
+            collect.batch(row_N, bag_N, None if share_X is None else share_X.index_select(0, bag_N))
         shape = (batch, len(self.tables), self.dim)
         anchor = torch.empty(0, device=row_N.device, requires_grad=torch.is_grad_enabled())
-        return _Spread.apply(shape, anchor, collect, sizes, flats, weights, *values)
+        return _Spread.apply(shape, anchor, collect, sizes, places, share_X, *values)
 
     def _lookups(self, sparse: KeyedJaggedTensor, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """row_N, the bag of the batch that it is for, and what it counts there: None for 1 everywhere."""
-        ids, lengths, ends = sparse.values(), sparse.lengths().view(-1, batch), sparse.offset_per_key()
-        keys = sparse.keys()
-        width, device = len(self.tables), ids.device
-        each_B = torch.arange(batch, device=device) * width
-        rows: list[Tensor] = []
-        bags: list[Tensor] = []
-        weights: list[Tensor] = []
-        several = any(t.multi for t in self.tables)
-        for i, table in enumerate(self.tables):
-            key = keys.index(table.feature)
-            ids_V = ids[ends[key] : ends[key + 1]]
-            if ids_V.numel():
-                low, high = torch.aminmax(ids_V)
-                if low < 0 or high >= table.rows:
-                    wrong = int(low if low < 0 else high)
-                    raise IdError(f"table {table.name!r}: id {wrong} is outside its {table.rows} rows")
-            rows.append(ids_V + self.starts[i])
-            if table.multi:
-                count_B = lengths[key].long()
-                bags.append(torch.repeat_interleave(each_B + i, count_B))
-                weights.append(torch.repeat_interleave(1 / count_B.clamp(min=1), count_B))
-            else:
-                bags.append(each_B + i)
-                if several:
-                    weights.append(torch.ones(batch, device=device))
-        return torch.cat(rows), torch.cat(bags), torch.cat(weights) if several else None
+        """row_N, table by table; the bag of the batch that each is in; what a row counts in each bag_X, None for 1."""
+        ids, ends, keys = sparse.values(), sparse.offset_per_key(), sparse.keys()
+        order, device = [keys.index(t.feature) for t in self.tables], ids.device
+        ids_T = [ids[ends[key] : ends[key + 1]] for key in order]
+        bag_TB = torch.arange(batch * len(order), device=device).view(batch, -1).t()
+        if not any(t.multi for t in self.tables):
+            ids_TB = torch.stack(ids_T)
+            if ids_TB.numel():
+                self._check_ids(range(len(order)), *torch.aminmax(ids_TB, dim=1))
+            return (ids_TB + torch.tensor(self.starts, device=device)[:, None]).view(-1), bag_TB.flatten(), None
+        if known := [i for i, ids_N in enumerate(ids_T) if ids_N.numel()]:
+            least, most = zip(*(torch.aminmax(ids_T[i]) for i in known), strict=True)
+            self._check_ids(known, torch.stack(least), torch.stack(most))
+        row_N = torch.cat(ids_T).long()
+        for mine_N, start in zip(row_N.split([len(x) for x in ids_T]), self.starts, strict=True):
+            mine_N += start
+        count_TB = sparse.lengths().view(-1, batch)[order]
+        bag_N = torch.repeat_interleave(bag_TB.flatten(), count_TB.flatten(), output_size=len(row_N))
+        return row_N, bag_N, (1 / count_TB.clamp(min=1)).t().flatten()
+
+    def _check_ids(self, tables: Sequence[int], least_K: Tensor, most_K: Tensor) -> None:
+        """Raises IdError where the least or the largest id that some of the tables are asked for is outside."""
+        rows_K = torch.tensor([self.tables[i].rows for i in tables], device=least_K.device)
+        wrong_K = (least_K < 0) | (most_K >= rows_K)
+        if wrong_K.any():
+            place = int(wrong_K.nonzero()[0])
+            table, least = self.tables[tables[place]], int(least_K[place])
+            wrong = least if least < 0 else int(most_K[place])
+            raise IdError(f"table {table.name!r}: id {wrong} is outside its {table.rows} rows")
 
     def by_group(self, row_N: Tensor) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
         """Per group the index in it of the lookups that are its, and which these are; None for all."""
@@ -471,11 +473,12 @@ class SparseTables(nn.Module):
             yield self.groups[0], row_N, None
             return
         place_N = self.place_R.index_select(0, row_N)
-        start = 0
+        start, before_N = 0, torch.zeros_like(place_N, dtype=torch.bool)
         for group in self.groups:
-            mine_N = ((place_N >= start) & (place_N < start + len(group))).nonzero().squeeze(1)
-            yield group, place_N.index_select(0, mine_N).long() - start, mine_N
-            start += len(group)
+            until_N = place_N < start + len(group)
+            mine_N = (until_N ^ before_N).nonzero().squeeze(1)
+            yield group, place_N.index_select(0, mine_N).long().sub_(start), mine_N
+            start, before_N = start + len(group), until_N
 
     # Rows that are new
 
@@ -686,6 +689,9 @@ def _places(sizes_R: Tensor, sizes: Sequence[int]) -> Tensor:
 class _Spread(torch.autograd.Function):
     """dense_BTD from weights and where they go; backward, the gradients of these weights alone.
 
+    Where they go is bag_N and positions_NS of each group, and `share_X` what a row counts in each bag. Which cells
+    these are is worked out by chunks, both ways: of all lookups of a batch it would be more than everything else.
+
     `anchor` holds nothing: it has the backward pass come here, for the collector, also where no row holds a weight.
     """
 
@@ -696,25 +702,40 @@ class _Spread(torch.autograd.Function):
         anchor: Tensor,
         collector: Collector | None,
         sizes: list[int],
-        flats: list[Tensor],
-        weights: list[Tensor | None],
+        places: list[tuple[Tensor, Tensor]],
+        share_X: Tensor | None,
         *values: Tensor,
     ) -> Tensor:
-        ctx.sizes, ctx.flats, ctx.weights, ctx.collector, ctx.dim = sizes, flats, weights, collector, shape[2]
+        ctx.sizes, ctx.places, ctx.share_X, ctx.collector, ctx.dim = sizes, places, share_X, collector, shape[2]
         dense_X = torch.zeros(shape[0] * shape[1] * shape[2], device=anchor.device)
-        for value_NS, flat_NS, weight_N in zip(values, flats, weights, strict=True):
-            scaled_NS = value_NS if weight_N is None else value_NS * weight_N.unsqueeze(1)
-            dense_X.scatter_add_(0, flat_NS.view(-1), scaled_NS.view(-1))
+        for place, value_NS in zip(places, values, strict=True):
+            for cell_X, value_KS, share_K in _chunks(*place, value_NS, share_X, shape[2]):
+                scaled_KS = value_KS if share_K is None else value_KS * share_K
+                dense_X.scatter_add_(0, cell_X, scaled_KS.view(-1))
         return dense_X.view(shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_X = grads[0].contiguous().view(-1)
         found: list[Tensor] = []
-        for size, flat_NS, weight_N in zip(ctx.sizes, ctx.flats, ctx.weights, strict=True):
-            grad_NS = grad_X.index_select(0, flat_NS.view(-1)).view(flat_NS.shape)
+        for size, (bag_N, positions_NS) in zip(ctx.sizes, ctx.places, strict=True):
+            grad_NS = torch.empty(positions_NS.shape, device=grad_X.device)
+            for cell_X, grad_KS, share_K in _chunks(bag_N, positions_NS, grad_NS, ctx.share_X, ctx.dim):
+                torch.index_select(grad_X, 0, cell_X, out=grad_KS.view(-1))
+                if share_K is not None:
+                    grad_KS *= share_K
             grad_NS[:, size:] = 0  # slots that only fill up the row
-            found.append(grad_NS if weight_N is None else grad_NS.mul_(weight_N.unsqueeze(1)))
+            found.append(grad_NS)
         if ctx.collector is not None:
             ctx.collector.add(grad_X.view(-1, ctx.dim))
         return (None, None, None, None, None, None, *found)
+
+
+def _chunks(
+    bag_N: Tensor, positions_NS: Tensor, values_NS: Tensor, share_X: Tensor | None, dim: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Some lookups at a time: the cells of the embeddings that their slots go to, values_KS, and share_K1."""
+    parts = (x.split(_LOOKUPS) for x in (bag_N, positions_NS, values_NS))
+    for bag_K, positions_KS, values_KS in zip(*parts, strict=True):
+        cell_KS = positions_KS.long().add_((bag_K * dim).unsqueeze(1))
+        yield cell_KS.view(-1), values_KS, None if share_X is None else share_X.index_select(0, bag_K).unsqueeze(1)
