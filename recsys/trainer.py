@@ -230,6 +230,7 @@ def learn(
                 raise DataError(
                     f"the loss became {value} at step {at.step}: lower train.table_learning_rate or learning_rate"
                 )
+            del loss, logits_BL  # they hold the kernels that an update may replace
             mover.after_step(at.step)
             at = at.after_step(value, per_epoch)
             seen += rows

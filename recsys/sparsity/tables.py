@@ -334,12 +334,17 @@ class SparseTables(nn.Module):
         group.kernel = kernel
 
     def missed(self, group: Group, index_K: Tensor, sums_KD: Tensor) -> Tensor:
-        """The steps that weights would have made on the summed gradients of a window, had they been active."""
+        """The steps that weights would have made on the summed gradients of a window, had they been active.
+
+        One of Adagrad's is no longer than the learning rate, whatever the sum: that of a row whose active weights have
+        had no gradient yet, as in a dot product with rows that hold others, is 0.
+        """
         if self.sparsity.schedule.begin == "zero" or group.state is None:
             return torch.zeros_like(sums_KD)
         state = group.state[index_K.to(group.state.device)].cpu()
         scale_K = (state if state.ndim == 1 else state[:, : group.size].mean(1)).sqrt() + self._adagrad["eps"]
-        return -self._adagrad["lr"] * sums_KD / scale_K.unsqueeze(1)
+        longest = float(self.sparsity.schedule.window)
+        return -self._adagrad["lr"] * (sums_KD / scale_K.unsqueeze(1)).clamp(-longest, longest)
 
     def movable(self) -> Tensor:
         """Which rows_R may exchange weights with others: those of tables that are sparse."""
@@ -392,11 +397,12 @@ class SparseTables(nn.Module):
         if old is not None:
             known_N = (before_R == size).nonzero().squeeze(1)
             stay_N = (sizes_R[known_N] == size).nonzero().squeeze(1)
-            place_N = torch.searchsorted(rows_N, known_N[stay_N]).to(device)
-            group.values_NS[place_N] = old.values_NS[stay_N.to(device)]
-            group.positions_NS[place_N] = old.positions_NS[stay_N.to(device)]
-            if group.state is not None and old.state is not None:
-                group.state[place_N] = old.state[stay_N.to(device)]
+            for stay_K in stay_N.split(_CHUNK):
+                place_K, from_K = torch.searchsorted(rows_N, known_N[stay_K]).to(device), stay_K.to(device)
+                group.values_NS[place_K] = old.values_NS[from_K]
+                group.positions_NS[place_K] = old.positions_NS[from_K]
+                if group.state is not None and old.state is not None:
+                    group.state[place_K] = old.state[from_K]
         for rows in arrived:
             place_K = torch.searchsorted(rows_N, rows.rows_K).to(device)
             group.values_NS[place_K, :size] = rows.values_KS.to(device)

@@ -48,7 +48,14 @@ def days() -> str:
     return table()
 
 
-@pytest.mark.parametrize("make", [tree, quality, conversion, days])
+def sparsity() -> str:
+    """The tables of sparse tables."""
+    from bench.sparsity import tables
+
+    return "\n\n".join(text for text in tables().values() if text)
+
+
+@pytest.mark.parametrize("make", [tree, quality, conversion, days, sparsity])
 def test_generated_part_is_up_to_date(make) -> None:
     text = README.read_text()
     found = re.search(rf"(<!-- {make.__name__} -->\n)((?:(?!<!--).)*?)(\n<!-- end -->)", text, re.DOTALL)
