@@ -44,9 +44,6 @@ from recsys.sparsity.layout import (
 _CHUNK = 2**16
 """Rows that are worked on at a time, so that what is made of them stays small."""
 
-_LOOKUPS = 2**14
-"""Lookups whose cells are worked out at a time, so that they stay in the processor's cache."""
-
 
 @dataclass(frozen=True)
 class SparseTable:
@@ -421,15 +418,18 @@ class SparseTables(nn.Module):
         """
         batch = sparse.stride()
         row_N, bag_N, share_X = self._lookups(sparse, batch)
-        sizes: list[int] = []
-        places: list[tuple[Tensor, Tensor]] = []
         values: list[Tensor] = []
+        flats: list[Tensor] = []
+        weights: list[Tensor | None] = []
+        sizes: list[int] = []
         for group, index_N, chosen_N in self.by_group(row_N):
             if not index_N.numel() or not group.size:
                 continue
             sizes.append(group.size)
+            flat_NS = group.positions_NS.index_select(0, index_N).long()
             bags_N = bag_N if chosen_N is None else bag_N.index_select(0, chosen_N)
-            places.append((bags_N, group.positions_NS.index_select(0, index_N)))
+            flats.append(flat_NS.add_((bags_N * self.dim).unsqueeze(1)))
+            weights.append(None if share_X is None else share_X.index_select(0, bags_N))
             if group.kernel is not None and torch.is_grad_enabled():
                 each = torch.arange(len(index_N) + 1, device=index_N.device)
                 values.append(group.kernel(index_N, each))
@@ -440,7 +440,7 @@ class SparseTables(nn.Module):
             collect.batch(row_N, bag_N, None if share_X is None else share_X.index_select(0, bag_N))
         shape = (batch, len(self.tables), self.dim)
         anchor = torch.empty(0, device=row_N.device, requires_grad=torch.is_grad_enabled())
-        return _Spread.apply(shape, anchor, collect, sizes, places, share_X, *values)
+        return _Spread.apply(shape, anchor, collect, sizes, flats, weights, *values)
 
     def _lookups(self, sparse: KeyedJaggedTensor, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """row_N, table by table; the bag of the batch that each is in; what a row counts in each bag_X, None for 1."""
@@ -695,9 +695,6 @@ def _places(sizes_R: Tensor, sizes: Sequence[int]) -> Tensor:
 class _Spread(torch.autograd.Function):
     """dense_BTD from weights and where they go; backward, the gradients of these weights alone.
 
-    Where they go is bag_N and positions_NS of each group, and `share_X` what a row counts in each bag. Which cells
-    these are is worked out by chunks, both ways: of all lookups of a batch it would be more than everything else.
-
     `anchor` holds nothing: it has the backward pass come here, for the collector, also where no row holds a weight.
     """
 
@@ -708,40 +705,25 @@ class _Spread(torch.autograd.Function):
         anchor: Tensor,
         collector: Collector | None,
         sizes: list[int],
-        places: list[tuple[Tensor, Tensor]],
-        share_X: Tensor | None,
+        flats: list[Tensor],
+        weights: list[Tensor | None],
         *values: Tensor,
     ) -> Tensor:
-        ctx.sizes, ctx.places, ctx.share_X, ctx.collector, ctx.dim = sizes, places, share_X, collector, shape[2]
+        ctx.sizes, ctx.flats, ctx.weights, ctx.collector, ctx.dim = sizes, flats, weights, collector, shape[2]
         dense_X = torch.zeros(shape[0] * shape[1] * shape[2], device=anchor.device)
-        for place, value_NS in zip(places, values, strict=True):
-            for cell_X, value_KS, share_K in _chunks(*place, value_NS, share_X, shape[2]):
-                scaled_KS = value_KS if share_K is None else value_KS * share_K
-                dense_X.scatter_add_(0, cell_X, scaled_KS.view(-1))
+        for value_NS, flat_NS, weight_N in zip(values, flats, weights, strict=True):
+            scaled_NS = value_NS if weight_N is None else value_NS * weight_N.unsqueeze(1)
+            dense_X.scatter_add_(0, flat_NS.view(-1), scaled_NS.view(-1))
         return dense_X.view(shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_X = grads[0].contiguous().view(-1)
         found: list[Tensor] = []
-        for size, (bag_N, positions_NS) in zip(ctx.sizes, ctx.places, strict=True):
-            grad_NS = torch.empty(positions_NS.shape, device=grad_X.device)
-            for cell_X, grad_KS, share_K in _chunks(bag_N, positions_NS, grad_NS, ctx.share_X, ctx.dim):
-                torch.index_select(grad_X, 0, cell_X, out=grad_KS.view(-1))
-                if share_K is not None:
-                    grad_KS *= share_K
+        for size, flat_NS, weight_N in zip(ctx.sizes, ctx.flats, ctx.weights, strict=True):
+            grad_NS = grad_X.index_select(0, flat_NS.view(-1)).view(flat_NS.shape)
             grad_NS[:, size:] = 0  # slots that only fill up the row
-            found.append(grad_NS)
+            found.append(grad_NS if weight_N is None else grad_NS.mul_(weight_N.unsqueeze(1)))
         if ctx.collector is not None:
             ctx.collector.add(grad_X.view(-1, ctx.dim))
         return (None, None, None, None, None, None, *found)
-
-
-def _chunks(
-    bag_N: Tensor, positions_NS: Tensor, values_NS: Tensor, share_X: Tensor | None, dim: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Some lookups at a time: the cells of the embeddings that their slots go to, values_KS, and share_K1."""
-    parts = (x.split(_LOOKUPS) for x in (bag_N, positions_NS, values_NS))
-    for bag_K, positions_KS, values_KS in zip(*parts, strict=True):
-        cell_KS = positions_KS.long().add_((bag_K * dim).unsqueeze(1))
-        yield cell_KS.view(-1), values_KS, None if share_X is None else share_X.index_select(0, bag_K).unsqueeze(1)
