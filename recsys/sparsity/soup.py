@@ -86,7 +86,7 @@ def soup_of(
 
 
 def average(members: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each weight; members come into memory one after the other. Raises ArtefactError where masks differ."""
+    """The mean of each weight, of one member after the other. Raises ArtefactError where masks differ."""
     found: dict[str, Tensor] = {}
     count = 0
     for count, weights in enumerate(members, start=1):
