@@ -90,7 +90,9 @@ def fit_window(
         "on_step": on_step,
     }
     arguments = (run.model, schema, fit, valid, run.train, run.folder / "training")
-    trained = processes.train(*arguments, sparsity=run.sparsity, **options)
+    # Without what comes after it, so that a finished training can have a soup later.
+    sparsity = run.sparsity and run.sparsity.model_copy(update={"soup": None})
+    trained = processes.train(*arguments, sparsity=sparsity, **options)
     if run.sparsity is not None and run.sparsity.soup is not None:
         trained = soup_of(trained, *arguments, run.sparsity, run.sparsity.soup, **options)
     return trained, {p: read_manifest(folders[p]).about for p in [*training, *validation]}

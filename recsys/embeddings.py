@@ -87,7 +87,9 @@ class Embeddings(nn.Module):
         """One copy after the other."""
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.separate(batch)[:, 0]
+        embedding_BCFD = self.separate(batch)
+        # A view also on the way back, where a selection would be written out among zeros.
+        return embedding_BCFD.squeeze(1) if self.copies == 1 else embedding_BCFD[:, 0]
 
     def separate(self, batch: Batch) -> Tensor:
         """embedding_BCFD: one per copy."""

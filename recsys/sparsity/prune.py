@@ -18,8 +18,9 @@ def pruned(tables: SparseTables, dense: Mapping[str, Tensor]) -> dict[str, Tenso
     """What `tables.adopt` takes: of `dense` weights_RD, by table, as many as the density means.
 
     Where rows may be unequal, the units of four weights with the largest sums over all tables; otherwise each row's
-    largest weights.
+    largest weights, of which all rows of sparse tables have about as many whatever the allocation.
     """
+    dense = {t.name: dense[t.name][:, : tables.dim] for t in tables.tables}  # dense rows may end in padding
     sizes = [
         torch.from_numpy(even_sizes(t.rows, tables.dim, _density(tables, t.sparse), unequal=_unequal(tables, t.sparse)))
         for t in tables.tables

@@ -417,7 +417,7 @@ class SparseTables(nn.Module):
         Raises IdError for an id outside its table.
         """
         batch = sparse.stride()
-        row_N, bag_N, weight_N = self._lookups(sparse, batch)
+        row_N, bag_N, share_X = self._lookups(sparse, batch)
         values: list[Tensor] = []
         flats: list[Tensor] = []
         weights: list[Tensor | None] = []
@@ -429,7 +429,7 @@ class SparseTables(nn.Module):
             flat_NS = group.positions_NS.index_select(0, index_N).long()
             bags_N = bag_N if chosen_N is None else bag_N.index_select(0, chosen_N)
             flats.append(flat_NS.add_((bags_N * self.dim).unsqueeze(1)))
-            weights.append(weight_N if weight_N is None or chosen_N is None else weight_N.index_select(0, chosen_N))
+            weights.append(None if share_X is None else share_X.index_select(0, bags_N))
             if group.kernel is not None and torch.is_grad_enabled():
                 each = torch.arange(len(index_N) + 1, device=index_N.device)
                 values.append(group.kernel(index_N, each))
@@ -437,39 +437,41 @@ class SparseTables(nn.Module):
                 values.append(group.values_NS.index_select(0, index_N))
         collect = self.collector
         if collect is not None and torch.is_grad_enabled():
-            collect.batch(row_N, bag_N, weight_N)
+            collect.batch(row_N, bag_N, None if share_X is None else share_X.index_select(0, bag_N))
         shape = (batch, len(self.tables), self.dim)
         anchor = torch.empty(0, device=row_N.device, requires_grad=torch.is_grad_enabled())
         return _Spread.apply(shape, anchor, collect, sizes, flats, weights, *values)
 
     def _lookups(self, sparse: KeyedJaggedTensor, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """row_N, the bag of the batch that it is for, and what it counts there: None for 1 everywhere."""
-        ids, lengths, ends = sparse.values(), sparse.lengths().view(-1, batch), sparse.offset_per_key()
-        keys = sparse.keys()
-        width, device = len(self.tables), ids.device
-        each_B = torch.arange(batch, device=device) * width
-        rows: list[Tensor] = []
-        bags: list[Tensor] = []
-        weights: list[Tensor] = []
-        several = any(t.multi for t in self.tables)
-        for i, table in enumerate(self.tables):
-            key = keys.index(table.feature)
-            ids_V = ids[ends[key] : ends[key + 1]]
-            if ids_V.numel():
-                low, high = torch.aminmax(ids_V)
-                if low < 0 or high >= table.rows:
-                    wrong = int(low if low < 0 else high)
-                    raise IdError(f"table {table.name!r}: id {wrong} is outside its {table.rows} rows")
-            rows.append(ids_V + self.starts[i])
-            if table.multi:
-                count_B = lengths[key].long()
-                bags.append(torch.repeat_interleave(each_B + i, count_B))
-                weights.append(torch.repeat_interleave(1 / count_B.clamp(min=1), count_B))
-            else:
-                bags.append(each_B + i)
-                if several:
-                    weights.append(torch.ones(batch, device=device))
-        return torch.cat(rows), torch.cat(bags), torch.cat(weights) if several else None
+        """row_N, table by table; the bag of the batch that each is in; what a row counts in each bag_X, None for 1."""
+        ids, ends, keys = sparse.values(), sparse.offset_per_key(), sparse.keys()
+        order, device = [keys.index(t.feature) for t in self.tables], ids.device
+        ids_T = [ids[ends[key] : ends[key + 1]] for key in order]
+        bag_TB = torch.arange(batch * len(order), device=device).view(batch, -1).t()
+        if not any(t.multi for t in self.tables):
+            ids_TB = torch.stack(ids_T)
+            if ids_TB.numel():
+                self._check_ids(range(len(order)), *torch.aminmax(ids_TB, dim=1))
+            return (ids_TB + torch.tensor(self.starts, device=device)[:, None]).view(-1), bag_TB.flatten(), None
+        if known := [i for i, ids_N in enumerate(ids_T) if ids_N.numel()]:
+            least, most = zip(*(torch.aminmax(ids_T[i]) for i in known), strict=True)
+            self._check_ids(known, torch.stack(least), torch.stack(most))
+        row_N = torch.cat(ids_T).long()
+        for mine_N, start in zip(row_N.split([len(x) for x in ids_T]), self.starts, strict=True):
+            mine_N += start
+        count_TB = sparse.lengths().view(-1, batch)[order]
+        bag_N = torch.repeat_interleave(bag_TB.flatten(), count_TB.flatten(), output_size=len(row_N))
+        return row_N, bag_N, (1 / count_TB.clamp(min=1)).t().flatten()
+
+    def _check_ids(self, tables: Sequence[int], least_K: Tensor, most_K: Tensor) -> None:
+        """Raises IdError where the least or the largest id that some of the tables are asked for is outside."""
+        rows_K = torch.tensor([self.tables[i].rows for i in tables], device=least_K.device)
+        wrong_K = (least_K < 0) | (most_K >= rows_K)
+        if wrong_K.any():
+            place = int(wrong_K.nonzero()[0])
+            table, least = self.tables[tables[place]], int(least_K[place])
+            wrong = least if least < 0 else int(most_K[place])
+            raise IdError(f"table {table.name!r}: id {wrong} is outside its {table.rows} rows")
 
     def by_group(self, row_N: Tensor) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
         """Per group the index in it of the lookups that are its, and which these are; None for all."""
@@ -477,11 +479,12 @@ class SparseTables(nn.Module):
             yield self.groups[0], row_N, None
             return
         place_N = self.place_R.index_select(0, row_N)
-        start = 0
+        start, before_N = 0, torch.zeros_like(place_N, dtype=torch.bool)
         for group in self.groups:
-            mine_N = ((place_N >= start) & (place_N < start + len(group))).nonzero().squeeze(1)
-            yield group, place_N.index_select(0, mine_N).long() - start, mine_N
-            start += len(group)
+            until_N = place_N < start + len(group)
+            mine_N = (until_N ^ before_N).nonzero().squeeze(1)
+            yield group, place_N.index_select(0, mine_N).long().sub_(start), mine_N
+            start, before_N = start + len(group), until_N
 
     # Rows that are new
 
