@@ -13,7 +13,6 @@ read once. Times are medians of interleaved turns, dense and sparse in one proce
 
 import argparse
 import json
-import math
 import os
 import resource
 import subprocess
@@ -30,6 +29,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
@@ -50,14 +50,15 @@ from recsys.bundle import load_model
 from recsys.checkpoint import TABLE
 from recsys.data import ExampleStream
 from recsys.device import CPU
-from recsys.distributed import join_process_group, reset_tables, shard
+from recsys.distributed import Sharded, join_process_group, reset_tables, shard
 from recsys.embeddings import Embeddings, TableKind
 from recsys.metrics import log_loss, roc_auc
 from recsys.models import DCNConfig, Model, ModelConfig, build_model
-from recsys.models.two_tower import TwoTower
+from recsys.models.fm import FMConfig
+from recsys.models.two_tower import TwoTower, TwoTowerConfig
 from recsys.retrieval import rank_items
 from recsys.sparsity.config import Schedule, Sparsity
-from recsys.sparsity.layout import slots_of
+from recsys.sparsity.describe import bytes_of, dense_bytes
 from recsys.sparsity.prune import pruned
 from recsys.sparsity.schedule import Mover
 from recsys.sparsity.tables import SparseTable, SparseTables
@@ -137,8 +138,8 @@ def _data(options: argparse.Namespace) -> Path:
 def tables(file: Path = RECORDS) -> dict[str, str]:
     """The README's tables, from the records."""
     return {
-        "gowalla": quality_table(file, "gowalla", {"recall": "Recall@20", "ndcg": "NDCG@20"}),
-        "ml-1m": quality_table(file, "ml-1m", {"auc": "AUC", "log_loss": "log loss"}),
+        "gowalla": quality_table(file, "gowalla", ON_GOWALLA, {"recall": "Recall@20", "ndcg": "NDCG@20"}),
+        "ml-1m": quality_table(file, "ml-1m", ON_MOVIELENS, {"auc": "AUC", "log_loss": "log loss"}),
         "memory": memory_table(file),
         "time": time_table(file),
     }
@@ -165,27 +166,29 @@ def kinds(chosen: Sparsity, densities: Sequence[float] = DENSITIES) -> list[Kind
     for density in densities:
         moving = chosen.model_copy(update={"density": density})
         fixed = Sparsity(density=density, schedule=Schedule(grow="none"))
+        alike = moving.model_copy(update={"schedule": fixed.schedule})
         found += [
             Kind(f"sparse {density:g}", density, sparsity=moving),
-            Kind(f"smaller dim, bytes of {density:g}", density, dim=smaller_dim(density)),
+            Kind(f"smaller dim, bytes of {density:g}", density, dim=smaller_dim(moving)),
             Kind(f"fixed mask {density:g}", density, sparsity=fixed),
             Kind(f"pruned {density:g}", density, sparsity=moving, pruned=True),
         ]
+        if alike != fixed and density in HEADLINE:  # what moving is worth, apart from where the mask begins
+            found.append(Kind(f"fixed mask {density:g}, begun as the moving one", density, sparsity=alike))
     return found
 
 
-def smaller_dim(density: float) -> int:
-    """The least dim, in fours, of which a dense row and its sum take no fewer bytes than a sparse row of DIM."""
-    low = max(1, int(density * DIM) // 4 * 4)
-    slots = density * DIM if density * DIM >= 4 else 4
-    several = 0 if density * DIM == low else 4
-    row = 5 * slots + 4 + 1 + several
-    return math.ceil((row - 4) / 16) * 4
+def smaller_dim(sparsity: Sparsity) -> int:
+    """The least dim, in fours, of which dense tables and their sums take no fewer bytes than sparse ones of DIM."""
+    rows = 10_000
+    tables = SparseTables([SparseTable("item", "item", rows, False, True)], DIM, sparsity, CPU, 0.1)
+    wanted = bytes_of(tables).training
+    return next(dim for dim in range(4, 2 * DIM, 4) if dense_bytes(rows, dim, 0).training >= wanted)
 
 
-def quality_table(file: Path, part: str, figures: Mapping[str, str]) -> str:
-    """Quality by kind of table, with the bytes of a row."""
-    names = [f"{part} | {k.name}" for k in kinds(Sparsity(density=0.5))]
+def quality_table(file: Path, part: str, chosen: Sparsity, figures: Mapping[str, str]) -> str:
+    """Quality by kind of table, with the bytes of tables and state."""
+    names = [f"{part} | {k.name}" for k in kinds(chosen)]
     rows = records.summary(file, names, [*figures, "bytes"])
     if not rows:
         return ""
@@ -237,7 +240,13 @@ def _gowalla(run: Run, fitted: FittedPipeline, kind: Kind, seed: int) -> Mapping
         )
     (top,) = found.filter(slice="all", k=20).to_dicts()
     curve = [h["recall_20"] for h in history if "recall_20" in h]
-    return {"recall": top["recall"], "ndcg": top["ndcg"], "valid": curve, "best_epoch": best, "bytes": _bytes(model)}
+    return {
+        "recall": top["recall"],
+        "ndcg": top["ndcg"],
+        "valid": curve,
+        "best_epoch": best,
+        "bytes": bytes_of(model).training,
+    }
 
 
 def _config(run: Run, kind: Kind) -> dict[str, Any]:
@@ -278,15 +287,6 @@ def _pruned(model: ModelConfig, schema: Schema, sparsity: Sparsity, weights: Map
     return others | {f"embed.tables.{name}": t for name, t in pruned(tables, dense).items()}
 
 
-def _bytes(model: Model) -> int:
-    """Of the tables and row-wise state that training holds."""
-    tables = model.embed.tables
-    if not isinstance(tables, SparseTables):
-        return sum(t.num_embeddings * 4 * (t.embedding_dim + 1) for t in tables.embedding_bag_configs())
-    several = 4 if len(tables.groups) > 1 else 0
-    return sum(len(g) * (5 * slots_of(g.size) + 4) for g in tables.groups) + tables.rows * (1 + several)
-
-
 # MovieLens-1M
 
 
@@ -319,7 +319,7 @@ def _movielens(run: Run, fitted: FittedPipeline, folder: Path, kind: Kind, seed:
     labels, probabilities = predicted(model, schema, folder / "test.parquet")
     curve = [h[f"p_{run.labels[0]}.auc"] for h in history]
     found = {"auc": roc_auc(labels, probabilities), "log_loss": log_loss(labels, probabilities)}
-    return {**found, "valid": curve, "best_epoch": best, "bytes": _bytes(model)}
+    return {**found, "valid": curve, "best_epoch": best, "bytes": bytes_of(model).training}
 
 
 # Memory
@@ -332,11 +332,12 @@ def memory_jobs(*, quick: bool) -> list[records.Job]:
     for name, sparsity in KINDS.items():
         given = None if sparsity is None else sparsity.model_dump(mode="json")
         config = {"bench": "memory", "rows": rows, "dim": DIM, "batches": BATCHES, "batch": BATCH, "sparsity": given}
+        config |= {"peak": "VmHWM"}
 
         def measure(seed: int, given: Any = given) -> Mapping[str, Any]:
             empty, full = _measured(64, None, seed), _measured(rows, given, seed)
             own = {f"{k}_of_tables": full[k] - empty[k] for k in ("resident", "peak", "peak_scoring")}
-            return {**own, **full, "tensors": _tensors(rows, given)}
+            return {**own, **full}
 
         jobs.append(records.Job(f"memory | {name}", config, 1 if quick else 3, measure))
     return jobs
@@ -383,7 +384,7 @@ def _training(rows: int, sparsity: Any, seed: int, folder: str) -> dict[str, int
 
 
 def _scoring(rows: int, sparsity: Any, seed: int, state: str) -> dict[str, int]:
-    """The most that a process held which scored with stored weights."""
+    """The most that a process held which scored with stored weights; what its tables take in training, by shapes."""
     model_config, schema, parsed = _parts(rows, sparsity)
     weights = load_tensors(Path(state) / "weights")
     model = load_model(model_config, schema, weights, where=Path(state), sparsity=parsed)
@@ -391,27 +392,7 @@ def _scoring(rows: int, sparsity: Any, seed: int, state: str) -> dict[str, int]:
     with torch.no_grad():
         lengths = torch.ones(BATCH, dtype=torch.int32)
         model(Batch(torch.empty(BATCH, 0), KeyedJaggedTensor(["item"], ids_B, lengths=lengths), torch.empty(BATCH, 0)))
-    return {"peak_scoring": _peak()}
-
-
-def _tensors(rows: int, sparsity: Any) -> int:
-    """Bytes of a table and its optimizer's state by the shapes of their tensors."""
-    if sparsity is None:
-        return rows * (4 * DIM + 4)
-    tables = SparseTables(
-        [SparseTable("item", "item", rows, False, True)],
-        DIM,
-        Sparsity.model_validate(sparsity),
-        torch.device("meta"),
-        0.1,
-    )
-    sizes_R = tables.first_sizes(None)
-    found = 0
-    for size, count in zip(*(x.tolist() for x in torch.unique(sizes_R, return_counts=True)), strict=True):
-        sums = 4 if sparsity["state"] == "row" else 4 * slots_of(size)
-        found += count * (slots_of(size) * 5 + sums)
-    several = len(torch.unique(sizes_R)) > 1
-    return found + rows * (1 + (4 if several else 0))
+    return {"peak_scoring": _peak(), "tensors": bytes_of(model).training}
 
 
 def memory_table(file: Path = RECORDS) -> str:
@@ -445,14 +426,26 @@ def _resident() -> int:
 
 
 def _peak() -> int:
-    """The most that was ever resident."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most that was ever resident; of this program alone, where `ru_maxrss` also counts the one that started it."""
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
 
 
 # Time
 
 
 FIELDS, FIELD_ROWS, BATCH_OF_FIELDS = 26, 400_000, 4096
+USERS, ITEMS, BATCH_OF_PAIRS = 29_859, 40_982, 1024
+"""Of Gowalla, row 0 included; few are much more popular than others, so ids are uniform."""
+ZIPF = 1.2
+"""Id r is drawn in proportion to r to minus this power."""
+TIMED: dict[str, Sparsity | None] = {
+    "dense": None,
+    "sparse": Sparsity(density=0.1, schedule=Schedule(grow="none")),
+    "moving": Sparsity(density=0.1, schedule=Schedule(interval=100, window=10)),
+    "element": Sparsity(density=0.1, state="element", schedule=Schedule(grow="none")),
+}
+LOOKUPS = [(ids, bags) for ids in ("uniform", "Zipf") for bags in ("one id", "1 to 20 ids")]
 
 
 class _Tables(nn.Module):
@@ -467,112 +460,209 @@ class _Tables(nn.Module):
 
 
 def time_jobs(*, quick: bool) -> list[records.Job]:
-    """Lookup, backward and update of 26 tables; uniform and Zipf ids, one a bag or one to twenty."""
-    rows = 20_000 if quick else FIELD_ROWS
+    """26 tables in training and in scoring; uniform and Zipf ids, one a bag or one to twenty; a step on Gowalla."""
+    rows, turns = (20_000, 5) if quick else (FIELD_ROWS, 15)
+    shape = {"bench": "time", "rows": rows, "dim": DIM, "fields": FIELDS, "batch": BATCH_OF_FIELDS, "turns": turns}
+    kinds = {name: sparsity and sparsity.model_dump(mode="json") for name, sparsity in TIMED.items()}
     jobs: list[records.Job] = []
-    for ids in ("uniform", "Zipf"):
-        for bags in ("one id", "1 to 20 ids"):
-            config = {"bench": "time", "rows": rows, "dim": DIM, "fields": FIELDS, "batch": BATCH_OF_FIELDS}
-            config |= {"ids": ids, "bags": bags, "kinds": sorted(TIMED)}
+    for what, measure in (("time", _timed), ("scoring", _scored)):
+        for ids, bags in LOOKUPS:
 
-            def measure(seed: int, ids: str = ids, bags: str = bags) -> Mapping[str, Any]:
-                return _timed(rows, ids, bags, seed, turns=3 if quick else 15)
+            def run(seed: int, ids: str = ids, bags: str = bags, measure: Any = measure) -> Mapping[str, Any]:
+                return measure(rows, ids, bags == "1 to 20 ids", seed, turns)
 
-            jobs.append(records.Job(f"time | {ids}, {bags}", config, 1 if quick else SEEDS, measure))
+            config = {**shape, "what": what, "ids": ids, "bags": bags, "zipf": ZIPF, "kinds": kinds}
+            jobs.append(records.Job(f"{what} | {ids}, {bags}", config, 1 if quick else SEEDS, run))
+    steps = 20 if quick else 200
+    config = {"bench": "time", "what": "step", "rows": [USERS, ITEMS], "dim": DIM, "batch": BATCH_OF_PAIRS}
+    config |= {"turns": steps, "kinds": kinds}
+    jobs.append(records.Job("step | Gowalla", config, 1 if quick else SEEDS, lambda seed: _gowalla_steps(seed, steps)))
     return jobs
 
 
-TIMED: dict[str, Sparsity | None] = {
-    "dense": None,
-    "sparse": Sparsity(density=0.1, schedule=Schedule(grow="none")),
-    "moving": Sparsity(density=0.1, schedule=Schedule(interval=100, window=10)),
-    "element": Sparsity(density=0.1, state="element", schedule=Schedule(grow="none")),
-}
+class Clock:
+    """Seconds by what was done: medians of turns."""
 
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
 
-def _timed(rows: int, ids: str, bags: str, seed: int, *, turns: int) -> dict[str, float]:
-    """Seconds of a training step of the tables, and of a lookup, by kind: medians of interleaved turns.
-
-    `moving` is a tenth of steps that collect gradients, and a hundredth of an update of the mask.
-    """
-    torch.set_num_threads(1)
-    join_process_group(CPU)
-    rng = np.random.default_rng(seed)
-    multi = bags != "one id"
-    schema = Schema(
-        keys=(),
-        dense=(),
-        sparse=tuple(Sparse(name=f"f{i}", rows=rows, multi=multi) for i in range(FIELDS)),
-        labels=("click",),
-    )
-    batches = [_random_batch(rng, rows, ids, multi) for _ in range(4)]
-    models = {}
-    for name, sparsity in TIMED.items():
-        sharded = shard(_Tables(schema, sparsity), CPU, {"lr": 0.1, "eps": 1e-8}, batch_size=BATCH_OF_FIELDS)
-        reset_tables(sharded, seed)
-        models[name] = sharded
-    gradient_BFD = torch.randn(BATCH_OF_FIELDS, FIELDS, DIM)
-    seconds: dict[str, list[float]] = {}
-
-    def clock(name: str, run: Callable[[], None]) -> None:
+    def __call__(self, name: str, run: Callable[[], object]) -> None:
+        """Run and time it."""
         begun = time.perf_counter()
         run()
-        seconds.setdefault(name, []).append(time.perf_counter() - begun)
+        self.seconds.setdefault(name, []).append(time.perf_counter() - begun)
 
-    mover = Mover(list(models["moving"].sparse.values()), 1000, seed)
+    def medians(self) -> dict[str, float]:
+        """By name; of the moving mask, the step on average."""
+        found = {name: median(values) for name, values in self.seconds.items()}
+        found["moving_step"] = step_of(found.pop("plain"), found.pop("collecting"), found.pop("update"))
+        return found
+
+
+def step_of(plain: float, collecting: float, update: float) -> float:
+    """Seconds of a step with a moving mask, on average over an interval; updates are beside the steps."""
+    moving = TIMED["moving"]
+    assert moving is not None
+    window = moving.schedule.window / moving.schedule.interval
+    return (1 - window) * plain + window * collecting + update / moving.schedule.interval
+
+
+def _timed(rows: int, ids: str, multi: bool, seed: int, turns: int) -> dict[str, float]:
+    """A training step of the tables, and a lookup in training, by kind; interleaved."""
+    torch.set_num_threads(1)
+    join_process_group(CPU)
+    rng, schema = np.random.default_rng(seed), _fields(rows, multi)
+    batches = [_random_batch(rng, rows, ids, multi) for _ in range(4)]
+    models = _in_training(lambda sparsity: _Tables(schema, sparsity), BATCH_OF_FIELDS, seed)
+    gradient_BFD = torch.randn(BATCH_OF_FIELDS, FIELDS, DIM)
+    clock, moves = Clock(), _moves(models["moving"], seed)
     for turn in range(turns):
-        for name, sharded in models.items():
-            batch = batches[turn % len(batches)]
+        # The rows of a step are not those of the lookup before it: they would be in the cache.
+        first, second = batches[turn % 4], batches[(turn + 2) % 4]
 
-            def step(sharded: Any = sharded, batch: Batch = batch) -> None:
-                sharded.module(batch).backward(gradient_BFD)
+        def look(module: nn.Module) -> None:
+            with torch.no_grad():
+                module(first)  # noqa: B023
 
-            def look(sharded: Any = sharded, batch: Batch = batch) -> None:
-                with torch.no_grad():
-                    sharded.module(batch)
+        def step(module: nn.Module) -> None:
+            module(second).backward(gradient_BFD)  # noqa: B023
 
-            clock(f"{name}_lookup", look)
-            if name != "moving":
-                clock(f"{name}_step", step)
-                continue
-            clock("plain", step)
-            mover.before_step(99)
-            clock("collecting", step)
-            clock("update", lambda: mover.after_step(99))
-    found = {name: median(values) for name, values in seconds.items()}
-    found["moving_step"] = 0.9 * found.pop("plain") + 0.1 * found.pop("collecting") + 0.01 * found.pop("update")
+        for name, sharded in _from(models, turn):
+            clock(f"{name}_lookup", lambda module=sharded.module: look(module))
+            if name == "moving":
+                moves(clock, lambda module=sharded.module: step(module))
+            else:
+                clock(f"{name}_step", lambda module=sharded.module: step(module))
+    found = clock.medians()
     found.pop("moving_lookup")
     return found
 
 
-def _random_batch(rng: np.random.Generator, rows: int, ids: str, multi: bool) -> Batch:
-    sizes = (
-        rng.integers(1, 21, FIELDS * BATCH_OF_FIELDS) if multi else np.ones(FIELDS * BATCH_OF_FIELDS, dtype=np.int64)
+def _scored(rows: int, ids: str, multi: bool, seed: int, turns: int) -> dict[str, float]:
+    """Scoring a batch with what a Bundle holds, a factorization machine, which adds little to its tables."""
+    torch.set_num_threads(1)
+    rng, schema, config = np.random.default_rng(seed), _fields(rows, multi), FMConfig(dim=DIM - 1)
+    batches = [_random_batch(rng, rows, ids, multi) for _ in range(4)]
+    models = {n: build_model(config, schema, sparsity=s).eval() for n, s in TIMED.items() if n in ("dense", "sparse")}
+    clock = Clock()
+
+    def score(model: Model, batch: Batch) -> None:
+        with torch.no_grad():
+            model.probabilities(model(batch))
+
+    for turn in range(turns):
+        for name, model in _from(models, turn):
+            clock(f"{name}_scoring", lambda model=model: score(model, batches[turn % 4]))  # noqa: B023
+    return {name: median(values) for name, values in clock.seconds.items()}
+
+
+def _gowalla_steps(seed: int, turns: int) -> dict[str, float]:
+    """Whole training steps of matrix factorization on tables of Gowalla's sizes: forward, loss, backward, updates."""
+    torch.set_num_threads(1)
+    join_process_group(CPU)
+    rng = np.random.default_rng(seed)
+    sparse = (Sparse(name="user", rows=USERS), Sparse(name="item", rows=ITEMS))
+    schema = Schema(keys=(), dense=(), sparse=sparse, labels=("interaction",), item="item")
+    config = TwoTowerConfig(query=("user",), item=("item",), dim=DIM)
+    models = _in_training(
+        lambda sparsity: build_model(config, schema, table_device="meta", sparsity=sparsity), BATCH_OF_PAIRS, seed
     )
+    counts = torch.from_numpy(rng.integers(1, 100, ITEMS))
+    inner = {n: next(m for m in s.module.modules() if isinstance(m, TwoTower)) for n, s in models.items()}
+    for model in inner.values():
+        model.count_items(counts)
+    optimizers = {name: torch.optim.Adam(sharded.dense.values()) for name, sharded in models.items()}
+    clock, moves = Clock(), _moves(models["moving"], seed)
+
+    def step(name: str, batch: Batch) -> None:
+        loss = inner[name].loss(models[name].module(batch), batch.labels_BT)
+        optimizers[name].zero_grad()
+        loss.backward()
+        optimizers[name].step()
+
+    for turn in range(turns):
+        ids_2B = np.stack([rng.integers(1, t.rows, BATCH_OF_PAIRS) for t in sparse])
+        lengths = torch.ones(2 * BATCH_OF_PAIRS, dtype=torch.int32)
+        keyed = KeyedJaggedTensor(["user", "item"], torch.from_numpy(ids_2B).view(-1), lengths=lengths)
+        batch = Batch(torch.empty(BATCH_OF_PAIRS, 0), keyed, torch.ones(BATCH_OF_PAIRS, 1))
+        for name, _ in _from(models, turn):
+            if name == "moving":
+                moves(clock, lambda batch=batch: step("moving", batch))
+            else:
+                clock(f"{name}_step", lambda name=name, batch=batch: step(name, batch))
+    return clock.medians()
+
+
+def _fields(rows: int, multi: bool) -> Schema:
+    sparse = tuple(Sparse(name=f"f{i}", rows=rows, multi=multi) for i in range(FIELDS))
+    return Schema(keys=(), dense=(), sparse=sparse, labels=("click",))
+
+
+def _in_training(make: Callable[[Sparsity | None], nn.Module], batch_size: int, seed: int) -> dict[str, Sharded]:
+    """Models ready to train, by kind."""
+    found: dict[str, Sharded] = {}
+    for name, sparsity in TIMED.items():
+        found[name] = shard(make(sparsity), CPU, {"lr": 0.1, "eps": 1e-8}, batch_size=batch_size)
+        reset_tables(found[name], seed)
+    return found
+
+
+def _from(models: Mapping[str, Any], turn: int) -> list[tuple[str, Any]]:
+    """All, another first each turn."""
+    items = list(models.items())
+    return items[turn % len(items) :] + items[: turn % len(items)]
+
+
+def _moves(sharded: Sharded, seed: int) -> Callable[[Clock, Callable[[], None]], None]:
+    """Times a step as it is mostly, one in a window that has seen a batch already, and the update after it."""
+    mover = Mover(list(sharded.sparse.values()), 1000, seed)
+
+    def run(clock: Clock, step: Callable[[], None]) -> None:
+        clock("plain", step)
+        mover.before_step(98)
+        step()
+        mover.before_step(99)
+        clock("collecting", step)
+        clock("update", lambda: mover.after_step(99))
+
+    return run
+
+
+def _random_batch(rng: np.random.Generator, rows: int, ids: str, multi: bool) -> Batch:
+    bags = FIELDS * BATCH_OF_FIELDS
+    sizes = rng.integers(1, 21, bags) if multi else np.ones(bags, dtype=np.int64)
     total = int(sizes.sum())
-    drawn = rng.integers(0, rows, total) if ids == "uniform" else np.minimum(rng.zipf(1.2, total), rows) - 1
+    drawn = rng.integers(0, rows, total) if ids == "uniform" else zipf_ids(rng, rows, total)
     keys = [f"f{i}" for i in range(FIELDS)]
     sparse = KeyedJaggedTensor(keys, torch.from_numpy(drawn), lengths=torch.from_numpy(sizes.astype(np.int32)))
     return Batch(torch.empty(BATCH_OF_FIELDS, 0), sparse, torch.empty(BATCH_OF_FIELDS, 0))
 
 
+def zipf_ids(rng: np.random.Generator, rows: int, total: int) -> NDArray[np.int64]:
+    """Ids below `rows`, the first the most frequent."""
+    share_R = np.arange(1, rows + 1) ** -ZIPF
+    return np.searchsorted(np.cumsum(share_R / share_R.sum())[:-1], rng.random(total), side="right")
+
+
 def time_table(file: Path = RECORDS) -> str:
-    """Time of the tables at density 0.1 by that of dense ones in the same run."""
-    figures = [
-        f"{kind}_{what}" for what in ("step", "lookup") for kind in TIMED if (kind, what) != ("moving", "lookup")
-    ]
-    names = [f"time | {ids}, {bags}" for ids in ("uniform", "Zipf") for bags in ("one id", "1 to 20 ids")]
-    rows = records.summary(file, names, figures)
+    """Time at density 0.1 by that of dense tables in the same run."""
+    steps = [f"{kind}_step" for kind in TIMED]
+    rows = records.summary(file, [f"time | {i}, {b}" for i, b in LOOKUPS], [*steps, "dense_lookup", "sparse_lookup"])
+    rows += records.summary(file, ["step | Gowalla"], steps)
+    scoring = records.summary(file, [f"scoring | {i}, {b}" for i, b in LOOKUPS], ["dense_scoring", "sparse_scoring"])
     if not rows:
         return ""
-    head = ["ids", "dense step", "fixed mask", "moving mask", "a sum for each weight", "dense lookup", "sparse lookup"]
-    lines = [f"| {' | '.join([*head, 'runs'])} |", "|" + "---|" * (len(head) + 1)]
+    head = ["what", "dense step", "fixed mask", "moving mask", "a sum for each weight", "dense lookup", "sparse"]
+    lines = [f"| {' | '.join([*head, 'dense scoring', 'sparse', 'runs'])} |", "|" + "---|" * (len(head) + 3)]
     for row in rows:
-        step, look = row["dense_step"], row["dense_lookup"]
-        cells = [row["name"].split(" | ")[1], f"{step * 1e3:.1f} ms"]
+        name, step = row["name"].split(" | ")[1], row["dense_step"]
+        cells = [name, f"{step * 1e3:.1f} ms"]
         cells += [f"{row[f'{kind}_step'] / step:.2f}" for kind in ("sparse", "moving", "element")]
-        cells += [f"{look * 1e3:.1f} ms", f"{row['sparse_lookup'] / look:.2f}", str(row["n"])]
-        lines.append(f"| {' | '.join(cells)} |")
+        beside = row | next((s for s in scoring if s["name"].endswith(f"| {name}")), {})
+        for what in ("lookup", "scoring"):
+            dense = beside.get(f"dense_{what}")
+            cells += [f"{dense * 1e3:.1f} ms", f"{beside[f'sparse_{what}'] / dense:.2f}"] if dense else ["", ""]
+        lines.append(f"| {' | '.join([*cells, str(row['n'])])} |")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection
 
 from base.config import Config
 from recsys.embeddings import WIDTH_UNIT
@@ -188,8 +189,21 @@ def describe(model: nn.Module, counts: Mapping[str, Tensor] | None = None) -> De
         tables=tuple(found),
         network=network,
         sparse=_sparse_bytes(tables, network),
-        dense=_dense_bytes(tables.rows, tables.dim, network),
+        dense=dense_bytes(tables.rows, tables.dim, network),
     )
+
+
+def bytes_of(model: nn.Module) -> Bytes:
+    """What the tables of a model take, sparse or dense, and its network. Dense ones are trained by row-wise Adagrad."""
+    network = sum(p.numel() for p in model.parameters())
+    tables = next((m for m in model.modules() if isinstance(m, SparseTables | EmbeddingBagCollection)), None)
+    assert tables is not None
+    if isinstance(tables, SparseTables):
+        return _sparse_bytes(tables, network)
+    found = [(t.num_embeddings, t.embedding_dim) for t in tables.embedding_bag_configs()]
+    (dim,) = {dim for _, dim in found}
+    rows = sum(rows for rows, _ in found)
+    return dense_bytes(rows, dim, network - rows * dim)
 
 
 def _strengths(tables: SparseTables, counts: Mapping[str, Tensor] | None) -> tuple[list[float], list[float | None]]:
@@ -300,7 +314,8 @@ def _sparse_bytes(tables: SparseTables, network: int) -> Bytes:
     )
 
 
-def _dense_bytes(rows: int, dim: int, network: int) -> Bytes:
+def dense_bytes(rows: int, dim: int, network: int) -> Bytes:
+    """What dense tables of `rows` in all take under row-wise Adagrad, beside `network` parameters."""
     more = -dim % WIDTH_UNIT
     return Bytes(
         weights=_FLOAT * rows * dim,
