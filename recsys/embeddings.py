@@ -96,6 +96,9 @@ class Embeddings(nn.Module):
         pooled = self.tables(batch.sparse)
         pooled_BSD = pooled if isinstance(pooled, Tensor) else in_order(pooled, self.names, self.dim)
         pooled_BCSD = pooled_BSD.unflatten(1, (self.copies, -1))
+        # Nothing to add. In training, DistributedDataParallel, which is around dense tables, wants all parameters used.
+        if not batch.dense_BN.shape[1] and (isinstance(pooled, Tensor) or not torch.is_grad_enabled()):
+            return pooled_BCSD
         vectors_CND = self.numeric_ND.view(self.copies, batch.dense_BN.shape[1], self.dim)
         numbers_BCND = batch.dense_BN[:, None, :, None] * vectors_CND
         return torch.cat([pooled_BCSD, numbers_BCND], dim=2)
