@@ -14,10 +14,14 @@ from features.source import Files
 from features.transforms import Vocabulary
 from pipelines.settings import FeatureRun
 from recsys.calibration import Method
+from recsys.contrast.config import SelfSupervision
+from recsys.contrast.corpus import require_item
 from recsys.device import DeviceName
 from recsys.gate import Gates
 from recsys.models import ModelConfig
+from recsys.models.fm import FMConfig
 from recsys.models.funnel import FunnelConfig, require_funnel
+from recsys.models.lr import LRConfig
 from recsys.models.two_tower import TwoTowerConfig
 from recsys.retrieval import Cuts
 from recsys.sparsity.config import Sparsity
@@ -118,6 +122,8 @@ class Run(FeatureRun):
     train: TrainConfig = TrainConfig()
     sparsity: Sparsity | None = None
     """Tables of which only a share of the weights exists; by default they are dense."""
+    ssl: SelfSupervision | None = None
+    """A self-supervised task over the items beside the main one."""
     retrieval: Retrieval | None = None
     sampling: Sampling = Sampling()
     calibrate: Calibration | None = None
@@ -150,6 +156,25 @@ class Run(FeatureRun):
         return self
 
     @model_validator(mode="after")
+    def _ssl_fits(self) -> Self:
+        if self.ssl is None:
+            return self
+        if self.train.processes > 1:
+            raise ConfigError(
+                f"train.processes = {self.train.processes}: the task of [ssl] is trained by one process; set it to 1, "
+                "or leave [ssl] out"
+            )
+        if isinstance(self.model, LRConfig | FMConfig):
+            raise ConfigError(
+                f'model.name = "{self.model.name}" has no layers over embeddings that [ssl] could teach; leave [ssl] '
+                "out, or choose another model"
+            )
+        if isinstance(self.model, TwoTowerConfig) and self.ssl.item is not None:
+            raise ConfigError("ssl.item: what the item of a two-tower model is, model.item says; leave it out")
+        require_item(self.ssl, self.ssl_item, tuple(t.output for t in self.features))
+        return self
+
+    @model_validator(mode="after")
     def _retrieval_fits(self) -> Self:
         of_ranking = self.train.monitor in ("recall", "ndcg")
         if not isinstance(self.model, TwoTowerConfig):
@@ -172,6 +197,15 @@ class Run(FeatureRun):
             raise ConfigError(f"{given[0]} speaks of probabilities, and a two-tower model gives none; leave it out")
         _ = self.item_feature
         return self
+
+    @property
+    def ssl_item(self) -> tuple[str, ...]:
+        """Names of the item's features. Raises ConfigError if nothing says them."""
+        if isinstance(self.model, TwoTowerConfig):
+            return self.model.item
+        if self.ssl is None or self.ssl.item is None:
+            raise ConfigError('[ssl] needs item = ["…"]: the features that describe the item alone')
+        return self.ssl.item
 
     @property
     def item_feature(self) -> str:
