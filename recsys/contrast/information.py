@@ -59,11 +59,11 @@ def _information(values: pl.DataFrame, a: Sparse | Dense, b: Sparse | Dense, cou
     counted once for all; what the pairs that some item has change in it, is added.
     """
     rows, of_a, of_b = values.height, counts[a.name], counts[b.name]
+    if not (of_a.height and of_b.height):
+        return 0.0
     joint = _one_each(values.select(a.name, b.name)).group_by(a.name, b.name).len("both")
     joint = joint.join(of_a.rename({"len": "a"}), on=a.name).join(of_b.rename({"len": "b"}), on=b.name)
     joint = joint.select(pl.col("both", "a", "b").cast(pl.Int64))
-    if not joint.height:
-        return 0.0
     both, n_a, n_b = pl.col("both"), pl.col("a"), pl.col("b")
     if not _multi(a):
         found = _sum(joint, both) - _sum(of_a, _LEN) - _sum(of_b, _LEN)
