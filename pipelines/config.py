@@ -16,12 +16,11 @@ from pipelines.settings import FeatureRun
 from recsys.calibration import Method
 from recsys.contrast.config import SelfSupervision
 from recsys.contrast.corpus import require_item
+from recsys.contrast.task import require_trainable
 from recsys.device import DeviceName
 from recsys.gate import Gates
 from recsys.models import ModelConfig
-from recsys.models.fm import FMConfig
 from recsys.models.funnel import FunnelConfig, require_funnel
-from recsys.models.lr import LRConfig
 from recsys.models.two_tower import TwoTowerConfig
 from recsys.retrieval import Cuts
 from recsys.sparsity.config import Sparsity
@@ -159,16 +158,7 @@ class Run(FeatureRun):
     def _ssl_fits(self) -> Self:
         if self.ssl is None:
             return self
-        if self.train.processes > 1:
-            raise ConfigError(
-                f"train.processes = {self.train.processes}: the task of [ssl] is trained by one process; set it to 1, "
-                "or leave [ssl] out"
-            )
-        if isinstance(self.model, LRConfig | FMConfig):
-            raise ConfigError(
-                f'model.name = "{self.model.name}" has no layers over embeddings that [ssl] could teach; leave [ssl] '
-                "out, or choose another model"
-            )
+        require_trainable(self.model, self.train.processes)
         if isinstance(self.model, TwoTowerConfig) and self.ssl.item is not None:
             raise ConfigError("ssl.item: what the item of a two-tower model is, model.item says; leave it out")
         require_item(self.ssl, self.ssl_item, tuple(t.output for t in self.features))

@@ -31,6 +31,7 @@ from features.schema import NewRows, Schema
 from recsys import checkpoint, trainer
 from recsys.checkpoint import WarmStart
 from recsys.contrast.corpus import Corpus
+from recsys.contrast.task import require_trainable
 from recsys.data import ExampleStream
 from recsys.device import CPU
 from recsys.models import ModelConfig
@@ -96,7 +97,8 @@ def train(
         arguments = (model_config, schema, fit, valid, config, folder)
         options: Any = {"device": device, "identity": identity, "warm": warm, "sparsity": sparsity}
         return trainer.train(*arguments, **options, item_counts=item_counts, corpus=corpus, on_step=on_step)
-    trainer.refuse_processes(config, corpus)
+    if corpus is not None:
+        require_trainable(model_config, config.processes)
     if sparsity is not None:
         raise ConfigError(
             f"train.processes = {config.processes}: sparse tables are trained by one process; set it to 1, or leave "

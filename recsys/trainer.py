@@ -24,7 +24,7 @@ from recsys import checkpoint
 from recsys.batch import Batch
 from recsys.checkpoint import Position, WarmStart
 from recsys.contrast.corpus import Corpus
-from recsys.contrast.task import SelfTask, drop_features
+from recsys.contrast.task import SelfTask, drop_features, require_trainable
 from recsys.data import ExampleStream
 from recsys.device import CPU
 from recsys.distributed import Sharded, agree, join_process_group, reset_tables, shard, whole_batch
@@ -189,7 +189,8 @@ def learn(
     rank, world = dist.get_rank(), dist.get_world_size()
     if world != config.processes:
         raise ConfigError(f"train.processes = {config.processes}: this process group has {world}")
-    refuse_processes(config, corpus)
+    if corpus is not None:
+        require_trainable(model_config, world)
     fit = replace(fit, rank=rank, world=world)
     valid = valid and replace(valid, rank=rank, world=world)
     if config.threads is not None:
@@ -403,15 +404,6 @@ def _progress(
     total = config.epochs * per_epoch
     eta = elapsed / max(1, at.step - resumed_at) * (total - at.step)
     return Progress(at.epoch + 1, config.epochs, at.step, total, seen / elapsed, eta, loss)
-
-
-def refuse_processes(config: TrainConfig, corpus: Corpus | None) -> None:
-    """Raises ConfigError for a self-supervised task on several processes."""
-    if corpus is not None and config.processes > 1:
-        raise ConfigError(
-            f"train.processes = {config.processes}: the task of [ssl] is trained by one process; set it to 1, or leave "
-            "[ssl] out"
-        )
 
 
 def refuse_other_density(at: Position | None, run: str, sparsity: Sparsity | None, folder: Path) -> None:

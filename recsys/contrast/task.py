@@ -9,9 +9,9 @@ from features.schema import Schema
 from recsys.contrast.corpus import Corpus, ItemBatch, Items, item_fields
 from recsys.layers import MLP
 from recsys.losses import in_batch_softmax
-from recsys.models import Model
-from recsys.models.fm import FM
-from recsys.models.lr import LR
+from recsys.models import Model, ModelConfig
+from recsys.models.fm import FMConfig
+from recsys.models.lr import LRConfig
 from recsys.models.two_tower import TwoTower
 
 # Shape suffixes: B = rows looked up, N = items, C = copies of the embeddings, F = fields, S = features of the item,
@@ -27,7 +27,6 @@ class SelfTask(nn.Module):
 
     def __init__(self, corpus: Corpus, model: Model, schema: Schema, batch_size: int, seed: int) -> None:
         super().__init__()
-        require_vectors(model)
         self.config = corpus.config
         self.items = Items(corpus, schema, batch_size, seed)
         fields = model.fields if isinstance(model, TwoTower) else schema.fields
@@ -82,17 +81,20 @@ def drop_features(corpus: Corpus, model: Model, schema: Schema) -> None:
     if corpus.config.baseline != "feature_dropout":
         model.embed.dropped = None
         return
-    require_vectors(model)
     fields = model.fields if isinstance(model, TwoTower) else schema.fields
     places = [fields.index(f.name) for f in item_fields(corpus.config, corpus.item, schema)]
     model.embed.dropped = (places, corpus.config.dropout)
 
 
-def require_vectors(model: Model) -> None:
-    """Raises ConfigError for a model whose embeddings are no vectors of the item."""
-    if isinstance(model, LR | FM):
-        name = "lr" if isinstance(model, LR) else "fm"
+def require_trainable(model: ModelConfig, processes: int) -> None:
+    """Raises ConfigError for a model whose embeddings are no vectors of the item, and for more than one process."""
+    if isinstance(model, LRConfig | FMConfig):
         raise ConfigError(
-            f'model.name = "{name}" has no layers over embeddings that [ssl] could teach; leave [ssl] out, or choose '
-            "another model"
+            f'model.name = "{model.name}" has no layers over embeddings that [ssl] could teach; leave [ssl] out, or '
+            "choose another model"
+        )
+    if processes > 1:
+        raise ConfigError(
+            f"train.processes = {processes}: the task of [ssl] is trained by one process; set it to 1, or leave [ssl] "
+            "out"
         )

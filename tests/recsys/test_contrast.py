@@ -123,7 +123,6 @@ def test_mutual_information_is_that_of_counting(rows: int) -> None:
     for (i, a), (j, b) in product(enumerate(names), repeat=2):
         pairs = [told(x, y) for x in presences(frame, a) for y in presences(frame, b)]
         assert found[i, j] == pytest.approx(0.0 if a == b else np.mean(pairs), abs=1e-12), (a, b)
-    assert rows == 3 or found[0, 3] == found[0].max() or found[0, 5] == found[0].max()
     shuffled = frame.sample(fraction=1, shuffle=True, seed=1)
     assert (mutual_information(shuffled, [known[n] for n in names]) == found).all()
 
@@ -149,8 +148,6 @@ def test_correlated_masks_are_a_seed_and_what_tells_most_about_it(tmp_path: Path
     found = Counter(frozenset(np.flatnonzero(items.batch(step).masked_S.numpy()).tolist()) for step in range(400))
     assert found.keys() == allowed
     assert len(allowed) > 2
-    brand, kind = fields.index("brand"), fields.index("kind")
-    assert all((brand in masked) <= (kind in masked) or fields.index("id") in masked for masked in found)
 
 
 def test_random_masks_are_as_large_and_any(tmp_path: Path) -> None:
