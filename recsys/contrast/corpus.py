@@ -64,7 +64,7 @@ class Corpus:
 
 
 class Items:
-    """The corpus in memory; a step's batch follows from `seed` and the step. Shuffled by nothing else."""
+    """The corpus in memory; a step's batch follows from `seed` and the step alone."""
 
     def __init__(self, corpus: Corpus, schema: Schema, batch_size: int, seed: int) -> None:
         self.config, self.schema, self.seed = corpus.config, schema, seed

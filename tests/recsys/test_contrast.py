@@ -25,6 +25,7 @@ from recsys.contrast.information import BINS, mutual_information
 from recsys.contrast.task import SelfTask, drop_features
 from recsys.data import ExampleStream
 from recsys.device import CPU
+from recsys.distributed import reset_tables, shard
 from recsys.models import AutoIntConfig, ModelConfig, build_model
 from recsys.models.esmm import ESMMConfig
 from recsys.models.fm import FMConfig
@@ -425,8 +426,11 @@ def run(
     return train(model, schema, fit, None, config, folder / "state", **options), schema
 
 
-@pytest.mark.parametrize("sparsity", [None, SPARSE], ids=["dense", "sparse"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "sparsity"),
+    [*((variant, None) for variant in VARIANTS), ("cfm", SPARSE)],
+    ids=[*VARIANTS, "cfm of sparse tables"],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_killed_it_goes_on_bit_for_bit_and_the_bundle_is_as_without(
     name: str, variant: str, sparsity: Sparsity | None, tmp_path: Path
@@ -460,6 +464,36 @@ def test_items_are_told_apart_ever_better(name: str, variant: str, tmp_path: Pat
     trained, _ = run(name, tmp_path, {**VARIANTS[variant], "alpha": 3.0}, config=config)
     first, *_, last = (entry["self_loss"] for entry in trained.history)
     assert last < 0.95 * first
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_losses_reach_what_both_use(name: str, tmp_path: Path) -> None:
+    """Gradients are those of the plain model, though the task's lookup passes by the wrapper of the sharded one."""
+    config, schema = CASES[name]
+    config = config.model_copy(update={"dropout": 0.0}) if name == "two_tower" else config
+    torch.manual_seed(1)
+    model = build_model(config, schema, table_device="meta")
+    sharded = shard(model, CPU, {"lr": 0.0, "eps": 1e-8}, batch_size=40)
+    reset_tables(sharded, 3)
+    weights = {n: t.clone() for n, t in checkpoint.weights(sharded).items()}
+    plain = load_model(config, schema, weights, where=tmp_path).train()
+    task = SelfTask(corpus_of(tmp_path, item_frame(60), value_dropout=0.0), model, schema, 24, 5)
+    batch = next(written(tmp_path, log(40, schema), "log.parquet", schema).epoch(0))
+    modules: list[tuple[Any, Any]] = [(plain, plain), (model, sharded.module)]
+    for one, module in modules:
+        if isinstance(one, TwoTower):
+            one.count_items(torch.arange(50))
+        (one.loss(module(batch), batch.labels_BT) + 2 * task.loss(one, 0, CPU)).backward()
+    expected = dict(plain.named_parameters())
+    assert len(sharded.dense) > 2
+    for parameter, found in sharded.dense.items():
+        grad = expected[parameter].grad
+        assert grad is not None
+        torch.testing.assert_close(found.grad, grad, atol=1e-6, rtol=1e-4)
+    for table, place in sharded.tables.items():
+        grad = expected[checkpoint.TABLE.format(table)].grad
+        assert grad is not None
+        assert (place.state_R > 0).equal(grad.any(1)), table
 
 
 def test_the_loss_told_is_main_plus_alpha_times_self(tmp_path: Path) -> None:
