@@ -14,6 +14,9 @@ from features.source import Files
 from features.transforms import Vocabulary
 from pipelines.settings import FeatureRun
 from recsys.calibration import Method
+from recsys.contrast.config import SelfSupervision
+from recsys.contrast.corpus import require_item
+from recsys.contrast.task import require_trainable
 from recsys.device import DeviceName
 from recsys.gate import Gates
 from recsys.models import ModelConfig
@@ -118,6 +121,8 @@ class Run(FeatureRun):
     train: TrainConfig = TrainConfig()
     sparsity: Sparsity | None = None
     """Tables of which only a share of the weights exists; by default they are dense."""
+    ssl: SelfSupervision | None = None
+    """A self-supervised task over the items beside the main one."""
     retrieval: Retrieval | None = None
     sampling: Sampling = Sampling()
     calibrate: Calibration | None = None
@@ -150,6 +155,16 @@ class Run(FeatureRun):
         return self
 
     @model_validator(mode="after")
+    def _ssl_fits(self) -> Self:
+        if self.ssl is None:
+            return self
+        require_trainable(self.model, self.train.processes)
+        if isinstance(self.model, TwoTowerConfig) and self.ssl.item is not None:
+            raise ConfigError("ssl.item: what the item of a two-tower model is, model.item says; leave it out")
+        require_item(self.ssl, self.ssl_item, tuple(t.output for t in self.features))
+        return self
+
+    @model_validator(mode="after")
     def _retrieval_fits(self) -> Self:
         of_ranking = self.train.monitor in ("recall", "ndcg")
         if not isinstance(self.model, TwoTowerConfig):
@@ -172,6 +187,15 @@ class Run(FeatureRun):
             raise ConfigError(f"{given[0]} speaks of probabilities, and a two-tower model gives none; leave it out")
         _ = self.item_feature
         return self
+
+    @property
+    def ssl_item(self) -> tuple[str, ...]:
+        """Names of the item's features. Raises ConfigError if nothing says them."""
+        if isinstance(self.model, TwoTowerConfig):
+            return self.model.item
+        if self.ssl is None or self.ssl.item is None:
+            raise ConfigError('[ssl] needs item = ["…"]: the features that describe the item alone')
+        return self.ssl.item
 
     @property
     def item_feature(self) -> str:

@@ -28,10 +28,12 @@ from pipelines.tracking import registry_of
 from recsys import processes
 from recsys.bundle import NOWHERE, Bundle, Origin, golden_rows, load_model
 from recsys.calibration import Calibrator, fit_calibrator
+from recsys.contrast.corpus import Corpus
 from recsys.data import ExampleStream
 from recsys.device import pick_device
 from recsys.metrics import evaluate, headline, in_space
 from recsys.registry import TRAINING, ModelRegistry, Registered
+from recsys.retrieval import Ranking
 from recsys.sparsity.soup import soup_of
 from recsys.trainer import Progress, Trained
 
@@ -87,6 +89,7 @@ def fit_window(
         "device": pick_device(run.device),
         "identity": hashlib.sha256(dump_json({p: f.name for p, f in folders.items()})).hexdigest(),
         "item_counts": counts,
+        "corpus": corpus_of(run, fit, valid),
         "on_step": on_step,
     }
     arguments = (run.model, schema, fit, valid, run.train, run.folder / "training")
@@ -96,6 +99,15 @@ def fit_window(
     if run.sparsity is not None and run.sparsity.soup is not None:
         trained = soup_of(trained, *arguments, run.sparsity, run.sparsity.soup, **options)
     return trained, {p: read_manifest(folders[p]).about for p in [*training, *validation]}
+
+
+def corpus_of(run: Run, fit: ExampleStream, valid: ExampleStream | Ranking | None) -> Corpus | None:
+    """Items for [ssl]: those that are ranked, or else the distinct ones of the training rows."""
+    if run.ssl is None:
+        return None
+    if isinstance(valid, Ranking):
+        return Corpus(run.ssl, valid.items, run.ssl_item, distinct=False)
+    return Corpus(run.ssl, fit, run.ssl_item, distinct=True)
 
 
 def register(
@@ -188,7 +200,7 @@ def _log(
     settings = run.model_dump(mode="json")
     parameters = {
         f"{part}.{key}": value
-        for part in ("model", "train", "sparsity")
+        for part in ("model", "train", "sparsity", "ssl")
         for key, value in (settings[part] or {}).items()
     }
     mlflow.log_params({key: str(value)[:500] for key, value in parameters.items()})

@@ -21,7 +21,7 @@ from pipelines.line import Line, adopt, current_line, line_of
 from pipelines.measure import check_outputs
 from pipelines.sparse_tables import described, sentence
 from pipelines.tracking import registry_of
-from pipelines.train import fit_window, make_bundle, register
+from pipelines.train import corpus_of, fit_window, make_bundle, register
 from recsys import processes
 from recsys.bundle import Bundle, Origin
 from recsys.checkpoint import WarmStart
@@ -68,7 +68,7 @@ def _made(run: Run) -> Bundle | None:
     if not is_published(run.bundle_path):
         return None
     bundle, now = Bundle.load(run.bundle_path), run.model_dump(mode="json")
-    decisive = ("data", "tables", "features", "derive", "model", "train", "sparsity", "sampling", "calibrate")
+    decisive = ("data", "tables", "features", "derive", "model", "train", "sparsity", "ssl", "sampling", "calibrate")
     return bundle if all(bundle.settings.get(key) == now[key] for key in decisive) else None
 
 
@@ -116,6 +116,8 @@ def _full(run: Run, line: Line, on_step: OnStep, say: Say) -> Path:
     decides = {"model": run.model.model_dump(mode="json"), "train": run.train.model_dump(mode="json")}
     if run.sparsity is not None:
         decides["sparsity"] = run.sparsity.model_dump(mode="json")
+    if run.ssl is not None:
+        decides["ssl"] = run.ssl.model_dump(mode="json")
     identity = _hash({**decides, "examples": folders, "sampling": run.sampling.negative_rate})
     if is_published(target) and verify(resolve(target, "state")).about["identity"] == identity:
         say(f"{run.key}: trained already")
@@ -178,6 +180,7 @@ def _pass_over(run: Run, line: Line, day: date, on_step: OnStep, say: Say) -> No
         identity=identity,
         warm=warm,
         sparsity=run.sparsity,
+        corpus=corpus_of(run, fit, None),
         on_step=on_step,
     )
     _keep(run, line, day, trained, identity, {partition: read_manifest(example).about}, say)

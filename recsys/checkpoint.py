@@ -43,6 +43,9 @@ TABLE = "embed.tables.embedding_bags.{}.weight"
 SIZES = "embed.tables.sizes_R"
 """Name of what all sparse tables have, and dense ones do not."""
 
+BESIDE = "beside"
+"""Part of a state with what training has beside the model."""
+
 # Shape suffixes: R = rows of a table, D = embedding dimension, K = fresh rows.
 
 
@@ -57,6 +60,8 @@ class Position(Config):
     step: int = 0
     epoch_loss: float = 0.0
     """Sum of this epoch's losses."""
+    epoch_self_loss: float = 0.0
+    """The part of it that is the self-supervised task's, before alpha."""
     window_loss: float = 0.0
     """Sum of the losses since the last point of the curve."""
     curve: tuple[tuple[float, float], ...] = ()
@@ -70,21 +75,22 @@ class Position(Config):
     finished: bool = False
     sparsity: Sparsity | None = None
 
-    def after_step(self, loss: float, per_epoch: int) -> "Position":
+    def after_step(self, loss: float, per_epoch: int, self_loss: float = 0.0) -> "Position":
         """One batch further."""
         every, batch = max(1, per_epoch // 20), self.batch + 1
         window, curve = self.window_loss + loss, self.curve
         if batch % every == 0:
             curve, window = (*curve, (self.epoch + batch / per_epoch, window / every)), 0.0
-        moved = {"batch": batch, "step": self.step + 1, "epoch_loss": self.epoch_loss + loss}
-        return self.model_copy(update={**moved, "window_loss": window, "curve": curve})
+        moved = {"batch": batch, "step": self.step + 1, "window_loss": window, "curve": curve}
+        sums = {"epoch_loss": self.epoch_loss + loss, "epoch_self_loss": self.epoch_self_loss + self_loss}
+        return self.model_copy(update={**moved, **sums})
 
 
 def weights(sharded: Sharded) -> dict[str, Tensor]:
     """This rank's tables and all other weights, under the plain model's names."""
     tables = {TABLE.format(name): table.weights_RD for name, table in sharded.tables.items()}
     sparse = {f"{module}.{n}": t for module, part in sharded.sparse.items() for n, t in part.tensors().items()}
-    return tables | sparse | {name: parameter.detach() for name, parameter in sharded.dense.items()}
+    return tables | sparse | _plain(sharded.dense)
 
 
 def save_best(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimizer) -> str:
@@ -143,13 +149,15 @@ def restore(folder: Path, sharded: Sharded, optimizer: torch.optim.Optimizer, *,
     with torch.no_grad():
         if sharded.sparse:
             found, states = load_tensors(stored / "weights"), load_tensors(stored / "table_states")
-            _copy(found, {n: p.detach() for n, p in sharded.dense.items()}, stored)
+            _copy(found, _plain(sharded.dense), stored)
             for module, tables in sharded.sparse.items():
                 tables.resume(_under(module, found), _under(module, states), accumulator, stored)
                 tables.watch(_under(module, load_tensors(stored / "watched")))
         else:
             for part, target in (("weights", weights(sharded)), ("table_states", _table_states(sharded))):
                 _copy(load_tensors(stored / part, target), target, stored)
+        if sharded.beside:
+            _copy(load_tensors(stored / BESIDE), _plain(sharded.beside), stored)
     _restore_dense(stored, sharded, optimizer)
 
 
@@ -193,7 +201,9 @@ def start_from(
                 accumulator=accumulator,
                 decay=warm.accumulator_decay,
             )
-        _copy(stored, {n: p.detach() for n, p in sharded.dense.items()}, warm.folder)
+        _copy(stored, _plain(sharded.dense), warm.folder)
+        if sharded.beside and (warm.folder / BESIDE).is_dir():
+            _copy(load_tensors(warm.folder / BESIDE), _plain(sharded.beside), warm.folder)
         for name, table in sharded.tables.items():
             before_RD, sums_R = stored.get(TABLE.format(name)), states.get(name)
             fresh_K = torch.tensor(warm.fresh[feature_of(name)])
@@ -286,6 +296,8 @@ def _write(staging: Staging, sharded: Sharded, optimizer: torch.optim.Optimizer)
     for part, whole in zip(("weights", "table_states"), _wholes(sharded), strict=True):
         save_tensors(staging, part, whole)
     save_tensors(staging, "dense_states", _dense_states(sharded, optimizer))
+    if sharded.beside:
+        save_tensors(staging, BESIDE, _plain(sharded.beside))
     if sharded.sparse:
         watched = {f"{m}.{n}": t for m, part in sharded.sparse.items() for n, t in part.watched().items()}
         save_tensors(staging, "watched", watched)
@@ -293,14 +305,19 @@ def _write(staging: Staging, sharded: Sharded, optimizer: torch.optim.Optimizer)
 
 def _restore_dense(stored: Path, sharded: Sharded, optimizer: torch.optim.Optimizer) -> None:
     states = load_tensors(stored / "dense_states")
-    for name, parameter in sharded.dense.items():
+    for name, parameter in (sharded.dense | sharded.beside).items():
         found = {key.rpartition("/")[2]: t for key, t in states.items() if key.rpartition("/")[0] == name}
         if found:
             optimizer.state[parameter] = {k: t if k == "step" else t.to(parameter.device) for k, t in found.items()}
 
 
 def _dense_states(sharded: Sharded, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {f"{n}/{key}": value for n, p in sharded.dense.items() for key, value in optimizer.state[p].items()}
+    trained = sharded.dense | sharded.beside
+    return {f"{n}/{key}": value for n, p in trained.items() for key, value in optimizer.state[p].items()}
+
+
+def _plain(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
 def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor], where: Path) -> None:

@@ -77,6 +77,8 @@ class Sharded:
     """By feature name; the tables of all ranks."""
     sparse: dict[str, SparseTables] = field(default_factory=dict[str, SparseTables])
     """By the name of the module; then there are no others."""
+    beside: dict[str, nn.Parameter] = field(default_factory=dict[str, nn.Parameter])
+    """By name; what training has beside the model, and a Bundle does not."""
 
     def set_table_learning_rate(self, value: float) -> None:
         """Takes effect from the next backward pass on."""

@@ -57,6 +57,8 @@ class Embeddings(nn.Module):
                 "features: none gives ids; add a vocabulary, hash, cross, boundaries or quantiles feature"
             )
         self.init_std = init_std
+        self.dropped: tuple[Sequence[int], float] | None = None
+        """Places of fields that training leaves out of a row, each with this probability."""
         self.copies = len(copies)
         named = [(f, f"{f.name}@{copy}" if copy else f.name) for copy in copies for f in schema.sparse]
         self.table_names = [table for _, table in named]
@@ -101,7 +103,13 @@ class Embeddings(nn.Module):
             return pooled_BCSD
         vectors_CND = self.numeric_ND.view(self.copies, batch.dense_BN.shape[1], self.dim)
         numbers_BCND = batch.dense_BN[:, None, :, None] * vectors_CND
-        return torch.cat([pooled_BCSD, numbers_BCND], dim=2)
+        e_BCFD = torch.cat([pooled_BCSD, numbers_BCND], dim=2)
+        if self.dropped is None or not self.training:
+            return e_BCFD
+        places, probability = self.dropped
+        kept_BF = e_BCFD.new_ones(e_BCFD.shape[0], e_BCFD.shape[2])
+        kept_BF[:, places] = (torch.rand(len(kept_BF), len(places), device=kept_BF.device) >= probability).float()
+        return e_BCFD * kept_BF[:, None, :, None]
 
 
 def _sparse_tables(schema: Schema, named: Sequence[tuple[Sparse, str]], sparsity: Sparsity) -> list[SparseTable]:

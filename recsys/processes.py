@@ -30,6 +30,8 @@ from base.storage import dump_json, publish, resolve
 from features.schema import NewRows, Schema
 from recsys import checkpoint, trainer
 from recsys.checkpoint import WarmStart
+from recsys.contrast.corpus import Corpus
+from recsys.contrast.task import require_trainable
 from recsys.data import ExampleStream
 from recsys.device import CPU
 from recsys.models import ModelConfig
@@ -83,6 +85,7 @@ def train(
     warm: WarmStart | None = None,
     sparsity: Sparsity | None = None,
     item_counts: NDArray[np.int64] | None = None,
+    corpus: Corpus | None = None,
     on_step: Callable[[Progress], None] = lambda _: None,
 ) -> Trained:
     """`trainer.train` on as many processes as `config` says.
@@ -93,7 +96,9 @@ def train(
     if config.processes == 1:
         arguments = (model_config, schema, fit, valid, config, folder)
         options: Any = {"device": device, "identity": identity, "warm": warm, "sparsity": sparsity}
-        return trainer.train(*arguments, **options, item_counts=item_counts, on_step=on_step)
+        return trainer.train(*arguments, **options, item_counts=item_counts, corpus=corpus, on_step=on_step)
+    if corpus is not None:
+        require_trainable(model_config, config.processes)
     if sparsity is not None:
         raise ConfigError(
             f"train.processes = {config.processes}: sparse tables are trained by one process; set it to 1, or leave "

@@ -23,6 +23,8 @@ from features.schema import Schema
 from recsys import checkpoint
 from recsys.batch import Batch
 from recsys.checkpoint import Position, WarmStart
+from recsys.contrast.corpus import Corpus
+from recsys.contrast.task import SelfTask, drop_features, require_trainable
 from recsys.data import ExampleStream
 from recsys.device import CPU
 from recsys.distributed import Sharded, agree, join_process_group, reset_tables, shard, whole_batch
@@ -101,7 +103,8 @@ class Trained:
     state: Path
     """Where these weights and the optimizers' states lie, for the next day to start from."""
     history: list[dict[str, float]]
-    """One entry per epoch: training loss; metrics on the validation rows and densities of sparse tables, if any."""
+    """One entry per epoch: training loss, its self-supervised part before alpha; metrics on the validation rows and
+    densities of sparse tables, if any."""
     curve: list[tuple[float, float]]
     """Training loss by epochs done."""
     best_epoch: int
@@ -132,11 +135,14 @@ def train(
     warm: WarmStart | None = None,
     sparsity: Sparsity | None = None,
     item_counts: NDArray[np.int64] | None = None,
+    corpus: Corpus | None = None,
     on_step: Callable[[Progress], None] = lambda _: None,
 ) -> Trained:
     """Train on `fit`, measure on `valid` after every epoch, return the best weights; without `valid`, the last.
 
     `item_counts` are what a retrieval model's correction is taken from: the rows of each id of `schema.item`.
+
+    With a `corpus` a self-supervised task over its items is part of the loss, or the main task is as its baseline says.
 
     `folder` holds the checkpoint; one whose configuration and data (`identity`) are the same is resumed. With `warm`
     training goes on from an earlier state instead of from nothing.
@@ -145,7 +151,7 @@ def train(
     """
     arguments = (model_config, schema, fit, valid, config, folder)
     options: Any = {"device": device, "identity": identity, "warm": warm, "sparsity": sparsity}
-    return outcome(folder, learn(*arguments, **options, item_counts=item_counts, on_step=on_step))
+    return outcome(folder, learn(*arguments, **options, item_counts=item_counts, corpus=corpus, on_step=on_step))
 
 
 def outcome(folder: Path, pace: Pace) -> Trained:
@@ -171,17 +177,20 @@ def learn(
     warm: WarmStart | None = None,
     sparsity: Sparsity | None = None,
     item_counts: NDArray[np.int64] | None = None,
+    corpus: Corpus | None = None,
     on_step: Callable[[Progress], None] = lambda _: None,
 ) -> Pace:
     """`train`, the outcome left in `folder`: what each rank of a process group does, all with the same arguments."""
     if not fit.rows() or (valid is not None and not valid.rows()):
         held_out = "" if valid is None else f" and {valid.rows()} validation rows"
         raise DataError(f"{fit.rows()} training{held_out}: there must be some; prepare again")
-    run = run_hash(model_config, schema, config, identity, sparsity)
+    run = run_hash(model_config, schema, config, identity, sparsity, corpus)
     join_process_group(device)
     rank, world = dist.get_rank(), dist.get_world_size()
     if world != config.processes:
         raise ConfigError(f"train.processes = {config.processes}: this process group has {world}")
+    if corpus is not None:
+        require_trainable(model_config, world)
     fit = replace(fit, rank=rank, world=world)
     valid = valid and replace(valid, rank=rank, world=world)
     if config.threads is not None:
@@ -192,7 +201,14 @@ def learn(
     sharded = shard(model, device, adagrad, batch_size=config.batch_size)
     if isinstance(model, TwoTower) and item_counts is not None:
         model.count_items(torch.from_numpy(item_counts).to(device))
-    optimizer = torch.optim.Adam(sharded.dense.values(), config.learning_rate, weight_decay=config.weight_decay)
+    task = None
+    if corpus is not None:
+        drop_features(corpus, model, schema)
+        if corpus.config.baseline != "feature_dropout":
+            task = SelfTask(corpus, model, schema, config.batch_size, config.seed).to(device)
+            sharded = replace(sharded, beside={f"ssl.{name}": p for name, p in task.named_parameters()})
+    trained = [*sharded.dense.values(), *sharded.beside.values()]
+    optimizer = torch.optim.Adam(trained, config.learning_rate, weight_decay=config.weight_decay)
     at = _agreed(checkpoint.position_of(folder) if rank == 0 else None)
     refuse_other_density(at, run, sparsity, folder)
     counts = fit.row_counts() if sparsity and sparsity.unequal else None
@@ -219,7 +235,11 @@ def learn(
             torch.manual_seed(hash((config.seed, at.step, rank) if rank else (config.seed, at.step)))
             mover.before_step(at.step)
             logits_BL, labels_BT = _whole(sharded.module, batch.to(device), rows, world)
-            loss = model.loss(logits_BL, labels_BT)
+            loss, self_value = model.loss(logits_BL, labels_BT), 0.0
+            if task is not None:
+                self_loss = task.loss(model, at.step, device)
+                loss, self_value = loss + task.config.alpha * self_loss, self_loss.detach().item()
+                del self_loss
             optimizer.zero_grad()
             (loss * world).backward()  # TorchRec and DDP take the mean of what the ranks' rows give; it is the sum
             optimizer.step()
@@ -232,14 +252,16 @@ def learn(
                 )
             del loss, logits_BL  # they hold the kernels that an update may replace
             mover.after_step(at.step)
-            at = at.after_step(value, per_epoch)
+            at = at.after_step(value, per_epoch, self_value)
             seen += rows
             on_step(_progress(at, config, per_epoch, seen, resumed_at, time.perf_counter() - started, value))
             if at.batch % config.checkpoint_every == 0 and at.batch < per_epoch:
                 checkpoint.save(folder, sharded, optimizer, at)
             faultpoint(f"trainer.step@{rank}" if rank else "trainer.step")
-        densities = {name: value for watch in watches for name, value in watch.densities().items()}
-        at = _close_epoch(at, densities, config, sharded, optimizer, model, valid, device, folder)
+        found = {name: value for watch in watches for name, value in watch.densities().items()}
+        if task is not None:
+            found["self_loss"] = at.epoch_self_loss / at.batch
+        at = _close_epoch(at, found, config, sharded, optimizer, model, valid, device, folder)
         checkpoint.save(folder, sharded, optimizer, at)
     if rank == 0:
         checkpoint.tidy(folder, at)  # a process killed at the very end did not come to it
@@ -287,7 +309,7 @@ def _agreed(position: Position | None) -> Position | None:
 
 def _close_epoch(
     at: Position,
-    densities: Mapping[str, float],
+    found: Mapping[str, float],
     config: TrainConfig,
     sharded: Sharded,
     optimizer: torch.optim.Optimizer,
@@ -298,7 +320,7 @@ def _close_epoch(
 ) -> Position:
     """Measure, keep the weights if they are the best so far, decide whether to go on."""
     epoch = at.epoch + 1
-    entry = {"epoch": float(epoch), "step": float(at.step), "train_loss": at.epoch_loss / at.batch, **densities}
+    entry = {"epoch": float(epoch), "step": float(at.step), "train_loss": at.epoch_loss / at.batch, **found}
     improved, skipped = True, epoch % config.evaluate_every != 0 and epoch < config.epochs
     if valid is not None and skipped:
         improved = False
@@ -315,6 +337,7 @@ def _close_epoch(
             "epoch": epoch,
             "batch": 0,
             "epoch_loss": 0.0,
+            "epoch_self_loss": 0.0,
             "window_loss": 0.0,
             "history": (*at.history, entry),
             "finished": epoch >= config.epochs or waited >= config.patience,
@@ -402,7 +425,12 @@ def _settings(sparsity: Sparsity | None) -> dict[str, Any]:
 
 
 def run_hash(
-    model: ModelConfig, schema: Schema, config: TrainConfig, identity: str, sparsity: Sparsity | None = None
+    model: ModelConfig,
+    schema: Schema,
+    config: TrainConfig,
+    identity: str,
+    sparsity: Sparsity | None = None,
+    corpus: Corpus | None = None,
 ) -> str:
     """Of everything that decides the outcome; of `processes` it does not depend, up to rounding."""
     free = {"checkpoint_every", "processes"}  # may change between a run and its resumption
@@ -413,4 +441,6 @@ def run_hash(
     ]
     if sparsity is not None:
         parts.append(sparsity.model_dump(mode="json"))
+    if corpus is not None:
+        parts.append({**corpus.config.model_dump(mode="json"), "item": list(corpus.item)})
     return hashlib.sha256(json.dumps([*parts, identity], sort_keys=True).encode()).hexdigest()[:16]

@@ -60,6 +60,8 @@ class TwoTower(nn.Module):
         own = schema.model_copy(
             update={name: tuple(f for f in getattr(schema, name) if f.name in used) for name in ("sparse", "dense")}
         )
+        self.fields = own.fields
+        """Those of `embedded`."""
         self.numbers = [i for i, f in enumerate(schema.dense) if f.name in used]
         self.takes_all_numbers = len(self.numbers) == len(schema.dense)
         self.embed = Embeddings(own, config.dim, tables)
@@ -69,11 +71,15 @@ class TwoTower(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         ids_B = batch.sparse[self.identity].values()
-        if not self.takes_all_numbers:
-            batch = Batch(batch.dense_BN[:, self.numbers], batch.sparse, batch.labels_BT)
-        e_BFD = self.embed(batch)
+        e_BFD = self.embedded(batch)
         which_B2 = torch.stack([ids_B // _PART, ids_B % _PART], dim=1).to(e_BFD.dtype)
         return torch.cat([self.query(e_BFD), self.item(e_BFD), which_B2], dim=1)
+
+    def embedded(self, batch: Batch) -> Tensor:
+        """embedding_BFD of both sides' fields."""
+        if not self.takes_all_numbers:
+            batch = Batch(batch.dense_BN[:, self.numbers], batch.sparse, batch.labels_BT)
+        return self.embed(batch)
 
     def queries(self, logits_BL: Tensor) -> Tensor:
         """vectors_BD of the queries."""
@@ -115,7 +121,10 @@ class _Tower(nn.Module):
         self.mlp = MLP(len(places) * config.dim, hidden, config.dim, config.dropout) if hidden else None
 
     def forward(self, e_BFD: Tensor) -> Tensor:
-        e_BSD = e_BFD[:, self.places]
+        return self.vectors(e_BFD[:, self.places])
+
+    def vectors(self, e_BSD: Tensor) -> Tensor:
+        """vectors_BD from the side's own fields."""
         x_BD = e_BSD.sum(1) if self.mlp is None else self.mlp(e_BSD.flatten(1))
         return functional.normalize(x_BD, dim=1) if self.cosine else x_BD
 

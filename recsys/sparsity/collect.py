@@ -25,19 +25,11 @@ class Collector:
     """Rows with a hash of as much or more are left out: it falls as more rows are met."""
     rows_K: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     sums_KD: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    _pending: tuple[Tensor, Tensor, Tensor | None] | None = None
 
-    def batch(self, row_N: Tensor, bag_N: Tensor, weight_N: Tensor | None) -> None:
-        """Which rows the coming gradient is of."""
-        self._pending = (row_N, bag_N, weight_N)
-
-    def add(self, grad_XD: Tensor) -> None:
-        """The gradient of the batch's bags: each row in a bag has its weight's share of it."""
-        assert self._pending is not None
-        row_N, bag_N, weight_N = (None if x is None else x.cpu() for x in self._pending)
-        self._pending = None
-        assert row_N is not None
-        assert bag_N is not None
+    def add(self, row_N: Tensor, bag_N: Tensor, weight_N: Tensor | None, grad_XD: Tensor) -> None:
+        """The gradient of a lookup's bags: each row in a bag has its weight's share of it."""
+        row_N, bag_N = row_N.cpu(), bag_N.cpu()
+        weight_N = None if weight_N is None else weight_N.cpu()
         if self.ceiling < 2**32:
             kept_N = (_hash(row_N, self.salt) < self.ceiling).nonzero().squeeze(1)
             row_N, bag_N = row_N[kept_N], bag_N[kept_N]

@@ -435,9 +435,10 @@ class SparseTables(nn.Module):
                 values.append(group.kernel(index_N, each))
             else:
                 values.append(group.values_NS.index_select(0, index_N))
-        collect = self.collector
-        if collect is not None and torch.is_grad_enabled():
-            collect.batch(row_N, bag_N, None if share_X is None else share_X.index_select(0, bag_N))
+        collect = None
+        if self.collector is not None:
+            weight_N = None if share_X is None else share_X.index_select(0, bag_N)
+            collect = _Collecting(self.collector, row_N, bag_N, weight_N)
         shape = (batch, len(self.tables), self.dim)
         anchor = torch.empty(0, device=row_N.device, requires_grad=torch.is_grad_enabled())
         return _Spread.apply(shape, anchor, collect, sizes, flats, weights, *values)
@@ -448,7 +449,7 @@ class SparseTables(nn.Module):
         order, device = [keys.index(t.feature) for t in self.tables], ids.device
         ids_T = [ids[ends[key] : ends[key + 1]] for key in order]
         bag_TB = torch.arange(batch * len(order), device=device).view(batch, -1).t()
-        if not any(t.multi for t in self.tables):
+        if not any(t.multi for t in self.tables) and all(len(ids_B) == batch for ids_B in ids_T):
             ids_TB = torch.stack(ids_T)
             if ids_TB.numel():
                 self._check_ids(range(len(order)), *torch.aminmax(ids_TB, dim=1))
@@ -692,6 +693,19 @@ def _places(sizes_R: Tensor, sizes: Sequence[int]) -> Tensor:
     return place_R
 
 
+@dataclass(frozen=True)
+class _Collecting:
+    """A lookup whose gradient a collector takes; a step may make several."""
+
+    collector: Collector
+    row_N: Tensor
+    bag_N: Tensor
+    weight_N: Tensor | None
+
+    def add(self, grad_XD: Tensor) -> None:
+        self.collector.add(self.row_N, self.bag_N, self.weight_N, grad_XD)
+
+
 class _Spread(torch.autograd.Function):
     """dense_BTD from weights and where they go; backward, the gradients of these weights alone.
 
@@ -703,13 +717,13 @@ class _Spread(torch.autograd.Function):
         ctx: Any,
         shape: tuple[int, int, int],
         anchor: Tensor,
-        collector: Collector | None,
+        collecting: "_Collecting | None",
         sizes: list[int],
         flats: list[Tensor],
         weights: list[Tensor | None],
         *values: Tensor,
     ) -> Tensor:
-        ctx.sizes, ctx.flats, ctx.weights, ctx.collector, ctx.dim = sizes, flats, weights, collector, shape[2]
+        ctx.sizes, ctx.flats, ctx.weights, ctx.collecting, ctx.dim = sizes, flats, weights, collecting, shape[2]
         dense_X = torch.zeros(shape[0] * shape[1] * shape[2], device=anchor.device)
         for value_NS, flat_NS, weight_N in zip(values, flats, weights, strict=True):
             scaled_NS = value_NS if weight_N is None else value_NS * weight_N.unsqueeze(1)
@@ -724,6 +738,6 @@ class _Spread(torch.autograd.Function):
             grad_NS = grad_X.index_select(0, flat_NS.view(-1)).view(flat_NS.shape)
             grad_NS[:, size:] = 0  # slots that only fill up the row
             found.append(grad_NS if weight_N is None else grad_NS.mul_(weight_N.unsqueeze(1)))
-        if ctx.collector is not None:
-            ctx.collector.add(grad_X.view(-1, ctx.dim))
+        if ctx.collecting is not None:
+            ctx.collecting.add(grad_X.view(-1, ctx.dim))
         return (None, None, None, None, None, None, *found)

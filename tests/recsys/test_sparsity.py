@@ -278,6 +278,44 @@ def test_the_collector_has_the_gradients_of_dense_tables(kind: str) -> None:
     assert tables.collector.rows_K.tolist() == sorted(touched)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_may_look_up_twice(kind: str) -> None:
+    """The collector sums both gradients; the kernels take both, as two steps of Adagrad on what each lookup had."""
+    rng = np.random.default_rng(2)
+    tables, collecting = (make(**KINDS[kind], multi=[1, 2], lr=lr) for lr in (0.1, 0.0))
+    dense = [t.requires_grad_(True) for t in expanded.weights(collecting).values()]
+    before, masks = expanded.weights(tables), expanded.masks(tables)
+    collecting.collector = Collector(10**6, 1, collecting.dim)
+    both = [random_bags(tables, 40, rng), random_bags(tables, 25, rng)]
+    up = [torch.from_numpy(rng.normal(size=(len(bags[0]), 3, tables.dim))).float() for bags in both]
+    for own in (tables, collecting):
+        sum((own(jagged(bags)) * u).sum() for bags, u in zip(both, up, strict=True)).backward()  # pyright: ignore
+    grads: list[list[Tensor]] = []
+    for bags, u in zip(both, up, strict=True):
+        grads.append(list(torch.autograd.grad((pooled(dense, bags) * u).sum(), dense)))
+    summed = torch.cat([a + b for a, b in zip(*grads, strict=True)])
+    rows_K = collecting.collector.rows_K
+    torch.testing.assert_close(collecting.collector.sums_KD, summed[rows_K], atol=1e-5, rtol=1e-5)
+    assert summed.abs().sum(1).nonzero().squeeze(1).tolist() == rows_K.tolist()
+    if tables.sparsity.state == "element":
+        for i, table in enumerate(tables.tables):
+            moved = expanded.sums(tables)[table.name]
+            expected = (grads[0][i] ** 2 + grads[1][i] ** 2) * masks[table.name]
+            torch.testing.assert_close(moved, expected, atol=1e-5, rtol=1e-4)
+    changed = torch.cat([(expanded.weights(tables)[n] != before[n]).any(1) for n in before])
+    held = torch.cat([masks[n].any(1) for n in before])
+    assert changed.equal((summed != 0).any(1) & held)
+
+
+def test_a_batch_may_lack_what_is_not_of_it() -> None:
+    """As a batch of items lacks users: no id, also where a feature has one in every example."""
+    tables = make([5, 4], 8, 0.5, multi=[1], lr=0.0)
+    whole, lacking = jagged([[[2], [3]], [[1], []]]), jagged([[[], []], [[1], []]])
+    found = tables(lacking)
+    assert found[:, 0].eq(0).all()
+    assert found[:, 1].equal(tables(whole)[:, 1])
+
+
 def test_rows_without_any_weight_are_collected_too() -> None:
     tables = make([2], 8, 0.5, allocation="popularity", counts=[torch.tensor([0, 9])], lr=0.0)
     assert tables.sizes_R.tolist() == [4, 4]
@@ -372,8 +410,8 @@ def test_a_collector_keeps_a_sample_of_rows_and_their_exact_sums() -> None:
         grad = rng.normal(size=(30, 4))
         np.add.at(exact, rows, grad[bags] * shares[:, None])
         for collector in (few, all_):
-            collector.batch(torch.tensor(rows), torch.tensor(bags), torch.tensor(shares).float())
-            collector.add(torch.tensor(grad).float())
+            found = torch.tensor(shares).float(), torch.tensor(grad).float()
+            collector.add(torch.tensor(rows), torch.tensor(bags), *found)
             assert len(collector.rows_K) <= collector.limit
     assert len(few.rows_K) == 50
     assert len(all_.rows_K) > 200
@@ -386,8 +424,7 @@ def test_which_rows_a_collector_keeps_follows_from_the_window_alone() -> None:
     def kept(batches: list[Tensor], salt: int) -> list[int]:
         collector = Collector(64, salt, 2)
         for row_N in batches:
-            collector.batch(row_N, torch.zeros_like(row_N), None)
-            collector.add(torch.ones(1, 2))
+            collector.add(row_N, torch.zeros_like(row_N), None, torch.ones(1, 2))
         return collector.rows_K.tolist()
 
     rows = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
