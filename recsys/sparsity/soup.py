@@ -19,6 +19,7 @@ from features.schema import Schema
 from recsys import checkpoint
 from recsys.bundle import load_model
 from recsys.checkpoint import WarmStart
+from recsys.contrast.corpus import Corpus
 from recsys.data import ExampleStream
 from recsys.device import CPU
 from recsys.models import ModelConfig
@@ -41,6 +42,7 @@ def soup_of(
     device: torch.device = CPU,
     identity: str = "",
     item_counts: NDArray[np.int64] | None = None,
+    corpus: Corpus | None = None,
     on_step: Callable[[Progress], None] = lambda _: None,
 ) -> Trained:
     """Go on from `trained` several times with its mask, and take the mean if it is better on `valid`.
@@ -59,7 +61,7 @@ def soup_of(
         seed, state = config.seed + number, folder / f"soup-{number}"
         short = config.model_copy(update={"seed": seed, "epochs": soup.epochs})
         if is_published(state / "checkpoint") and checkpoint.stands_at(state).run != run_hash(
-            model_config, schema, short, of_this, fixed
+            model_config, schema, short, of_this, fixed, corpus
         ):
             withdraw(state / "checkpoint")  # of an earlier training: nothing that anyone could want to go on with
         return train(
@@ -74,6 +76,7 @@ def soup_of(
             warm=warm,
             sparsity=fixed,
             item_counts=item_counts,
+            corpus=corpus,
             on_step=on_step,
         ).weights
 
