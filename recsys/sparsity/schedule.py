@@ -1,6 +1,6 @@
 """How the mask moves: weights are dropped and others grow, within rows and between them, their number being constant.
 
-Weights that grow begin at 0, so that no update changes what the model says but for what was dropped.
+A weight that grows begins at the step that it missed, or at 0 (`schedule.begin`).
 """
 
 import math

@@ -512,13 +512,14 @@ class SparseTables(nn.Module):
     def _draw(self, group: Group, place: slice, generator: torch.Generator) -> None:
         count, size = place.stop - place.start, group.size
         group.values_NS[place, :size] = torch.randn(count, size, generator=generator) * self.std
-        nested = self.sparsity.positions == "nested"
-        positions_KS = nested_positions(count, size) if nested else random_positions(count, size, self.dim, generator)
-        if self.sparsity.positions == "half" and size:
-            core = size // 2
-            rest = random_positions(count, size - core, self.dim - core, generator)
-            positions_KS = torch.cat([nested_positions(count, core), rest + core], 1)
+        core = self._core(size)
+        rest_KS = random_positions(count, size - core, self.dim - core, generator)
+        positions_KS = torch.cat([nested_positions(count, core), rest_KS + core], 1)
         group.positions_NS[place, :size] = positions_KS
+
+    def _core(self, size: int) -> int:
+        """How many of a row's weights are at first where every row has them."""
+        return {"random": 0, "half": size // 2, "nested": size}[self.sparsity.positions]
 
     def carry(
         self,
@@ -602,11 +603,10 @@ class SparseTables(nn.Module):
                 order_KD = normal_rows(chunk_K, self.dim, ~seed & 0x7FFFFFFF)
             else:
                 first_KD, order_KD = (x.expand(len(chunk_K), -1) for x in (mean_D, mean_D.abs()))
-            if self.sparsity.positions == "nested":
-                order_KD = torch.arange(self.dim, 0, -1).expand(len(chunk_K), -1)
-            best_KD = order_KD.sort(dim=1, descending=True, stable=True).indices
             for group, index_K, mine_K in self.by_group(chunk_K + self.starts[table]):
-                chosen_KD = best_KD if mine_K is None else best_KD[mine_K]
+                mine_KD = (order_KD if mine_K is None else order_KD[mine_K]).clone()
+                mine_KD[:, : self._core(group.size)] = torch.inf
+                chosen_KD = mine_KD.sort(dim=1, descending=True, stable=True).indices
                 values_KD = first_KD if mine_K is None else first_KD[mine_K]
                 positions_KS = chosen_KD[:, : group.size].sort(1).values
                 group.positions_NS[index_K, : group.size] = positions_KS.to(torch.uint8)
