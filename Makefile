@@ -47,7 +47,7 @@ check: setup ## ruff, pyright, import contracts
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-peer: .venv-peer/ready ## an environment for FuxiCTR, which bench/ compares with
+peer: .venv-peer/ready ## an environment for FuxiCTR and implicit, which bench/ compares with
 
 .venv-peer/ready: bench/requirements-peer.txt requirements.lock
 	$(PY) -m venv .venv-peer
