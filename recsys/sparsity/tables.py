@@ -9,6 +9,7 @@ back, so that fbgemm's fused optimizer sees active weights only.
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from features.schema import NewRows
 from recsys.draws import normal_rows
 from recsys.sparsity.collect import Collector
 from recsys.sparsity.config import Sparsity
+from recsys.sparsity.kernels import Lookups, rows_of, split
 from recsys.sparsity.layout import (
     UNIT,
     check_density,
@@ -419,29 +421,24 @@ class SparseTables(nn.Module):
         batch = sparse.stride()
         row_N, bag_N, share_X = self._lookups(sparse, batch)
         values: list[Tensor] = []
-        flats: list[Tensor] = []
-        weights: list[Tensor | None] = []
-        sizes: list[int] = []
+        lookups: list[Lookups] = []
         for group, index_N, chosen_N in self.by_group(row_N):
             if not index_N.numel() or not group.size:
                 continue
-            sizes.append(group.size)
-            flat_NS = group.positions_NS.index_select(0, index_N).long()
             bags_N = bag_N if chosen_N is None else bag_N.index_select(0, chosen_N)
-            flats.append(flat_NS.add_((bags_N * self.dim).unsqueeze(1)))
-            weights.append(None if share_X is None else share_X.index_select(0, bags_N))
+            lookups.append(Lookups(group.size, rows_of(group.positions_NS, index_N), bags_N, share_X))
             if group.kernel is not None and torch.is_grad_enabled():
                 each = torch.arange(len(index_N) + 1, device=index_N.device)
                 values.append(group.kernel(index_N, each))
             else:
-                values.append(group.values_NS.index_select(0, index_N))
+                values.append(rows_of(group.values_NS, index_N))
         collect = None
         if self.collector is not None:
             weight_N = None if share_X is None else share_X.index_select(0, bag_N)
             collect = _Collecting(self.collector, row_N, bag_N, weight_N)
         shape = (batch, len(self.tables), self.dim)
         anchor = torch.empty(0, device=row_N.device, requires_grad=torch.is_grad_enabled())
-        return _Spread.apply(shape, anchor, collect, sizes, flats, weights, *values)
+        return _Spread.apply(shape, anchor, collect, lookups, *values)
 
     def _lookups(self, sparse: KeyedJaggedTensor, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """row_N, table by table; the bag of the batch that each is in; what a row counts in each bag_X, None for 1."""
@@ -479,13 +476,18 @@ class SparseTables(nn.Module):
         if self.place_R is None:
             yield self.groups[0], row_N, None
             return
+        ends = list(accumulate(len(g) for g in self.groups))
+        if row_N.device.type == "cpu":
+            for group, (index_N, chosen_N) in zip(self.groups, split(row_N, self.place_R, ends), strict=True):
+                yield group, index_N, chosen_N
+            return
         place_N = self.place_R.index_select(0, row_N)
         start, before_N = 0, torch.zeros_like(place_N, dtype=torch.bool)
-        for group in self.groups:
-            until_N = place_N < start + len(group)
+        for group, end in zip(self.groups, ends, strict=True):
+            until_N = place_N < end
             mine_N = (until_N ^ before_N).nonzero().squeeze(1)
             yield group, place_N.index_select(0, mine_N).long().sub_(start), mine_N
-            start, before_N = start + len(group), until_N
+            start, before_N = end, until_N
 
     # Rows that are new
 
@@ -718,26 +720,19 @@ class _Spread(torch.autograd.Function):
         shape: tuple[int, int, int],
         anchor: Tensor,
         collecting: "_Collecting | None",
-        sizes: list[int],
-        flats: list[Tensor],
-        weights: list[Tensor | None],
+        lookups: list[Lookups],
         *values: Tensor,
     ) -> Tensor:
-        ctx.sizes, ctx.flats, ctx.weights, ctx.collecting, ctx.dim = sizes, flats, weights, collecting, shape[2]
-        dense_X = torch.zeros(shape[0] * shape[1] * shape[2], device=anchor.device)
-        for value_NS, flat_NS, weight_N in zip(values, flats, weights, strict=True):
-            scaled_NS = value_NS if weight_N is None else value_NS * weight_N.unsqueeze(1)
-            dense_X.scatter_add_(0, flat_NS.view(-1), scaled_NS.view(-1))
-        return dense_X.view(shape)
+        ctx.lookups, ctx.collecting, ctx.dim = lookups, collecting, shape[2]
+        dense_XD = torch.zeros(shape[0] * shape[1], shape[2], device=anchor.device)
+        for value_XS, mine in zip(values, lookups, strict=True):
+            mine.add(value_XS, dense_XD)
+        return dense_XD.view(shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        grad_X = grads[0].contiguous().view(-1)
-        found: list[Tensor] = []
-        for size, flat_NS, weight_N in zip(ctx.sizes, ctx.flats, ctx.weights, strict=True):
-            grad_NS = grad_X.index_select(0, flat_NS.view(-1)).view(flat_NS.shape)
-            grad_NS[:, size:] = 0  # slots that only fill up the row
-            found.append(grad_NS if weight_N is None else grad_NS.mul_(weight_N.unsqueeze(1)))
+        grad_XD = grads[0].contiguous().view(-1, ctx.dim)
+        found = [mine.gradients(grad_XD) for mine in ctx.lookups]
         if ctx.collecting is not None:
-            ctx.collecting.add(grad_X.view(-1, ctx.dim))
-        return (None, None, None, None, None, None, *found)
+            ctx.collecting.add(grad_XD)
+        return (None, None, None, None, *found)
