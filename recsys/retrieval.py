@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
+from torch.nn import functional
 
 from base.config import Config
 from base.errors import ConfigError
@@ -155,26 +156,48 @@ def measure(
 
     A query's relevant items may not be among those it has seen.
     """
-    items, deepest = len(items_ID), max(k)
-    if deepest > items:
-        raise ConfigError(f"retrieval.k = {list(k)}: the corpus has {items} items; ask for fewer")
+    return measure_scores(_products(queries, items_ID), seen, relevant, slices_I, k, brief=brief)
+
+
+def _products(queries: Iterable[Tensor], items_ID: Tensor) -> Iterator[Tensor]:
+    """Scores of all items and padding, a chunk of queries at a time, each in the memory of the one before."""
+    items = len(items_ID)
     padding = -items % _BLOCK
     transposed_DI = torch.cat([items_ID, items_ID.new_zeros(padding, items_ID.shape[1])]).T.contiguous()
-    tallies = {name: _Tally(k, items) for name in (SLICES[:1] if brief else SLICES)}
     scores = torch.empty(0)
-    start = 0
     for part in queries:
         for queries_CD in part.split(max(1, _CHUNK // items)):
-            stop = start + len(queries_CD)
             if scores.shape[0] != len(queries_CD):
                 # Used again for the next chunk: fresh memory costs as much as the products.
                 scores = items_ID.new_empty(len(queries_CD), items + padding)
             torch.mm(queries_CD, transposed_DI, out=scores)
-            scores[:, items:] = -torch.inf
-            rows_X, seen_X = (torch.from_numpy(x).to(scores.device) for x in seen.of(start, stop))
-            scores[rows_X, seen_X] = -torch.inf
-            _count(tallies, scores, relevant.of(start, stop), slices_I, deepest, brief=brief)
-            start = stop
+            yield scores
+
+
+def measure_scores(
+    chunks: Iterable[Tensor],
+    seen: Pairs,
+    relevant: Pairs,
+    slices_I: NDArray[np.int64],
+    k: tuple[int, ...],
+    *,
+    brief: bool = False,
+) -> pl.DataFrame:
+    """What `measure` gives, from scores_CI of any queries' items, which are overwritten; columns past I are padding."""
+    items, deepest = len(slices_I), max(k)
+    if deepest > items:
+        raise ConfigError(f"retrieval.k = {list(k)}: the corpus has {items} items; ask for fewer")
+    tallies = {name: _Tally(k, items) for name in (SLICES[:1] if brief else SLICES)}
+    start = 0
+    for scores in chunks:
+        if padding := -scores.shape[1] % _BLOCK:
+            scores = functional.pad(scores, (0, padding))
+        stop = start + len(scores)
+        scores[:, items:] = -torch.inf
+        rows_X, seen_X = (torch.from_numpy(x).to(scores.device) for x in seen.of(start, stop))
+        scores[rows_X, seen_X] = -torch.inf
+        _count(tallies, scores, relevant.of(start, stop), slices_I, deepest, brief=brief)
+        start = stop
     rows = [row for name, tally in tallies.items() for row in tally.rows(name, slices_I)]
     types = {"slice": pl.String, "k": pl.Int64, "users": pl.Int64, "items": pl.Int64}
     return pl.DataFrame(rows, schema=types | dict.fromkeys(("recall", "ndcg", "map", "mrr", "coverage"), pl.Float64))

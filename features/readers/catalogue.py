@@ -21,7 +21,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from base.config import Config
 from base.errors import ConfigError
-from features.readers.hashes import Floats, Ints, flat_popularity, key_of, normal, sigmoid, uniform, zipf_popularity
+from features.readers.hashes import Floats, Ints, flat_popularity, key_of, normal, sigmoid, uniform
 from features.readers.synthetic import LEVELS
 
 # Shape suffixes: N = rows, U = users, I = items, T = themes, G = groups, V = numbers of a vector.
@@ -77,13 +77,14 @@ _THEMES_OF_A_PERSONA: Final = 8
 _LIKE_THEIR_PERSONA: Final = 0.7  # how often an interest is one of the persona's themes
 _WEIGHTS: Final = np.array([0.5, 0.3, 0.2])  # of a user's interests
 _EXPLORED: Final = 0.25  # share of the impressions that have nothing to do with interests
+_PLATEAU: Final = 5  # so many items of a theme are about as popular as its first
 _BIRTHS: Final = 0.01  # ids born a day, as a share of the first population
 _REFERENCE_ROWS: Final = 1 << 17
 # Of effects on the logit: standard deviations, and what an interest adds.
 _DISPOSITION_SD: Final = 0.3  # the user's
 _GROUP_QUALITY_SD: Final = 0.25  # of each group's value
 _OWN_QUALITY_SD: Final = 0.3  # the item's, which no feature shows
-_GROUP_MATCH_SD: Final = 0.5  # of user and each group's value
+_GROUP_MATCH_SD: Final = 0.7  # of user and each group's value
 _OWN_MATCH_SD: Final = 0.3
 _INTEREST: Final = 0.8
 _TASTE_DIM: Final = 4  # of each group
@@ -96,13 +97,13 @@ class CatalogueConfig(Config):
     `users` and `items` count the ids that exist before `start` (0 .. items-1); every day the next hundredth as many
     are born. Of a day's impressions, `new_user_share` come from users born that day, and `new_item_share` show an item
     born that day, as far as its theme has any. `click_rate` is the mean of the click probabilities, met to about 0.005.
-    With more `themes` there are fewer items to a theme and more to be learned.
+    With more `themes` there are fewer items to a theme, more to be learned, and more that can be.
     """
 
     rows_per_day: int = Field(default=100_000, ge=1, lt=1 << 32)
     users: int = Field(default=20_000, ge=100, le=1 << 40)
     items: int = Field(default=20_000, ge=100, le=1 << 40)
-    themes: int = Field(default=200, ge=10, le=100_000)
+    themes: int = Field(default=400, ge=10, le=100_000)
     click_rate: float = Field(default=0.2, gt=0, lt=1)
     new_user_share: float = Field(default=0.03, ge=0, le=1)
     new_item_share: float = Field(default=0.05, ge=0, le=1)
@@ -318,10 +319,16 @@ def _shown(config: CatalogueConfig, stream: str, day_index: int, row: Ints) -> t
     interest_N = _users(config, distinct).interests_NX[at_N, which_N]
     theme_N = np.where(draw("explored") < _EXPLORED, flat_popularity(draw("theme"), config.themes), interest_N)
     known_N, first_N, born_N = _of_themes(config, theme_N, day_index)
-    old_N = theme_N + config.themes * zipf_popularity(draw("item"), known_N)
+    old_N = theme_N + config.themes * _rank(draw("item"), known_N)
     new_N = first_N + config.themes * (born_N * draw("item")).astype(np.int64)
     is_new_N = (draw("new item") < config.new_item_share) & (born_N > 0)
     return user_N, np.where(is_new_N, new_N, old_N)
+
+
+def _rank(draw_N: Floats, count_N: Ints) -> Ints:
+    """Places in the order of popularity among so many, with a share of about 1 / (place + _PLATEAU): Zipf's tail."""
+    rank_N = _PLATEAU * np.expm1(draw_N * np.log1p(count_N / _PLATEAU))
+    return np.minimum(rank_N.astype(np.int64), count_N - 1)
 
 
 def _of_themes(config: CatalogueConfig, theme_N: Ints, day_index: int) -> tuple[Ints, Ints, Ints]:
@@ -339,7 +346,7 @@ def _share_of_theme(config: CatalogueConfig, item_I: Ints, day_index: int) -> Fl
     rank_I = item_I // config.themes
     known_I, first_I, born_I = _of_themes(config, item_I % config.themes, day_index)
     new_share_I = np.where(born_I > 0, config.new_item_share, 0.0)
-    old_I = (1 - new_share_I) * np.log1p(1 / (rank_I + 1)) / np.log(known_I + 1)
+    old_I = (1 - new_share_I) * np.log1p(1 / (rank_I + _PLATEAU)) / np.log1p(known_I / _PLATEAU)
     is_born_I = (item_I >= first_I) & (item_I < first_I + config.themes * born_I)
     return np.where(rank_I < known_I, old_I, np.where(is_born_I, new_share_I / np.maximum(born_I, 1), 0.0))
 
