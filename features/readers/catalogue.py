@@ -230,9 +230,7 @@ def _users(config: CatalogueConfig, user_N: Ints) -> _Users:
         place_N = persona_N * _THEMES_OF_A_PERSONA + (_THEMES_OF_A_PERSONA * draw("place", f"{which}")).astype(np.int64)
         of_persona_N = flat_popularity(uniform(key_of(config.seed, "persona", "theme"), place_N), config.themes)
         is_own_N = draw("own interest", f"{which}") >= _LIKE_THEIR_PERSONA
-        interests.append(
-            np.where(is_own_N, flat_popularity(draw("interest", f"{which}"), config.themes), of_persona_N)
-        )
+        interests.append(np.where(is_own_N, flat_popularity(draw("interest", f"{which}"), config.themes), of_persona_N))
     vectors = [
         np.sqrt(_TASTE_OF_PERSONA) * normal(key_of(config.seed, "persona", "taste", f"{axis}"), persona_N)
         + np.sqrt(1 - _TASTE_OF_PERSONA) * normal(key_of(config.seed, "user", "taste", f"{axis}"), user_N)
