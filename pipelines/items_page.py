@@ -61,7 +61,8 @@ def section(run: Run, bundle: Bundle, ranking: Ranking, partitions: Sequence[str
         page.tag("h2", "Items and their neighbours"),
         page.tag("p", f"Items of the head, of the tail and cold ones, each with the {NEAREST} items whose vectors are "
                  "nearest to its own by cosine. What a neighbour has in common with it is bold: these should make "
-                 "sense to somebody who knows the items, above all those of cold ones, of which only features are known."),
+                 "sense to somebody who knows the items, above all those of cold ones, of which features alone are "
+                 "known."),
         *parts,
     )  # fmt: skip
 

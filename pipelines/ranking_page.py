@@ -24,13 +24,12 @@ def section(table: pl.DataFrame, retrieval: Retrieval, drawn: list[Plot]) -> Htm
     whole = table.row(0, named=True)
     parts: list[Html] = []
     for k in retrieval.k:
-        head = ["items", "number", "users", *(page.tag("span", m, page.tag("span", t, kind="note"))
-                                              for m, t in _METRICS.items())]  # fmt: skip
+        head = ["items", "number", "users", *_METRICS]
         rows = [
             [r["slice"], f"{r['items']:,}", f"{r['users']:,}", *(page.number(r[m], ".4f") for m in _METRICS)]
             for r in table.filter(pl.col("k") == k).iter_rows(named=True)
         ]
-        parts += [page.tag("h3", f"The first {k}"), page.table(head, rows, kind="headline")]
+        parts += [page.tag("h3", f"The first {k}"), page.table(head, rows)]
     return page.tag(
         "section",
         page.tag("h2", "Quality of the ranking"),
@@ -41,6 +40,7 @@ def section(table: pl.DataFrame, retrieval: Retrieval, drawn: list[Plot]) -> Htm
         page.tag("p", f"Head: the {retrieval.head:.0%} of the items in training with the most rows; torso: the next "
                  f"{retrieval.torso:.0%}; tail: the others; cold: not in training at all. A slice counts its own items "
                  "alone as what users should get, in the same ranking of all.", kind="note"),
+        page.tag("p", *(f"{name}: {meaning}. " for name, meaning in _METRICS.items()), kind="note"),
     )  # fmt: skip
 
 

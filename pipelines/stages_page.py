@@ -71,7 +71,8 @@ def section(
         page.figures(page.figure(drawn, drawing, "Recall after each stage")),
         page.table(head, rows),
         page.tag("p", "What users should get is what they were shown in the log and liked. A ranking model that "
-                 "prefers what nobody has shown them is measured too low here; only showing it to them can tell.", kind="note"),
+                 "prefers what nobody has shown them is measured too low here; only showing it to them can tell.",
+                 kind="note"),
     )  # fmt: skip
 
 
