@@ -219,6 +219,44 @@ def score(run: "Run", partition: str | None, overwrite: bool, if_missing: bool, 
 
 
 @verb
+@overwrite_option
+@click.option(
+    "--model", default="champion", show_default=True, help="An alias, a version number, or a bundle's folder."
+)
+@click.option("--if-missing", is_flag=True, help="Leave an index of that very model and corpus as it is.")
+def index(run: "Run", overwrite: bool, if_missing: bool, model: str) -> None:
+    """Index the corpus by a two-tower model, for `recommend` to look items up in."""
+    from base.errors import ConfigError
+    from pipelines.index import index
+
+    if overwrite and if_missing:
+        raise ConfigError("--overwrite and --if-missing contradict each other: pass one of them")
+    index(run, model=model, overwrite=overwrite, if_missing=if_missing)
+
+
+@verb
+@partition_option
+@overwrite_option
+@click.option(
+    "--model", default="champion", show_default=True, help="An alias, a version number, or a bundle's folder."
+)
+@click.option("--if-missing", is_flag=True, help="Leave a partition that is published already as it is.")
+def recommend(run: "Run", partition: str | None, overwrite: bool, if_missing: bool, model: str) -> None:
+    """Publish the top items for every user of the partition, what they have seen removed."""
+    from base.errors import ConfigError
+    from pipelines.progress import Ticker
+    from pipelines.recommend import recommend
+
+    if overwrite and if_missing:
+        raise ConfigError("--overwrite and --if-missing contradict each other: pass one of them")
+    ticker = Ticker("recommend", rows="users")
+    recommend(
+        run, partition=partition, model=model, overwrite=overwrite, if_missing=if_missing, on_users=ticker.on_rows
+    )
+    ticker.close()
+
+
+@verb
 @day_option
 @full_option
 @partition_option

@@ -9,12 +9,13 @@ from base.errors import DataError
 from base.storage import publish, read_manifest, resolve
 from features.columns import explained, kind_of, require
 from features.pipeline import FittedPipeline
-from features.schema import Dense, Sparse, carried
+from features.schema import carried
 from features.transforms import UNKNOWN
 from pipelines.config import Retrieval, Run
 from pipelines.examples import ROW_GROUP, examples_about, good_rows, whole
 from recsys.models.two_tower import TwoTowerConfig
 from recsys.retrieval import COUNT, ITEM, ITEMS, RELEVANT, SEEN, USER, USERS, Ranking
+from recsys.towers import neutral
 
 KIND = "ranking"
 _PLACE = "__place"
@@ -54,7 +55,8 @@ def write_ranking(
         say(f"{name}: its ranking is there already")
         return
     with explained(f"[retrieval], {name}"):
-        corpus = _corpus(run, fitted, retrieval, model, [*seen_in, *partitions])
+        columns = fitted.only(_item_features(run, model)).recipe.inputs
+        corpus = corpus_of(run, columns, [*seen_in, *partitions])
         queries = fitted.only(model.query).recipe.inputs
         seen = _placed(run, retrieval, corpus, seen_in)
         asked = _placed(run, retrieval, corpus, partitions, queries)
@@ -72,7 +74,7 @@ def write_ranking(
     with publish(target, KIND, overwrite=overwrite) as staging:
         staging.about.update(about, users=users.height, items=items.height, without_features=len(nameless))
         for file, table in ((ITEMS, items), (USERS, described)):
-            whole_table = _neutral(fitted, table)
+            whole_table = neutral(fitted, table)
             whole_table.write_parquet(staging / file, row_group_size=ROW_GROUP, compression="lz4", statistics=False)
     cold = int((items[COUNT] == 0).sum())
     say(f"{name}: {users.height:,} users to rank {items.height:,} items for, {cold:,} of them cold")
@@ -112,12 +114,15 @@ def _item_features(run: Run, model: TwoTowerConfig) -> list[str]:
     return list(dict.fromkeys([*model.item, run.item_feature]))
 
 
-def _corpus(
-    run: Run, fitted: FittedPipeline, retrieval: Retrieval, model: TwoTowerConfig, partitions: Sequence[str]
-) -> pl.DataFrame:
-    """Raw columns of every item, in the order of the items: of the table named, or else of the log's partitions."""
+def corpus_of(run: Run, columns: Sequence[str], partitions: Sequence[str]) -> pl.DataFrame:
+    """Raw `columns` of every item, in the order of the items: of the table named, or else of the log's partitions.
+
+    Raises DataError if one of the columns is missing, or an item stands in the table twice.
+    """
+    retrieval = run.retrieval
+    assert retrieval is not None
     item = retrieval.item
-    columns = list(dict.fromkeys([item, *fitted.only(_item_features(run, model)).recipe.inputs]))
+    columns = list(dict.fromkeys([item, *columns]))
     if retrieval.items is not None:
         frame = run.source.items(retrieval.items)
         require(columns, frame.collect_schema().names(), f"retrieval.items, {retrieval.items.path}")
@@ -126,7 +131,9 @@ def _corpus(
             first = found.filter(pl.col(item).is_duplicated())[item][0]
             raise DataError(f"{retrieval.items.path}: {item} {first!r} stands there twice; keep one row of each")
         return found
-    frame = pl.concat([good_rows(run, p).select(columns) for p in partitions])
+    rows = [good_rows(run, p) for p in partitions]
+    require(columns, rows[0].collect_schema().names(), "retrieval, the items of the log")
+    frame = pl.concat([part.select(columns) for part in rows])
     distinct = frame.filter(pl.col(item).is_not_null()).unique(subset=item, keep="first", maintain_order=True)
     return distinct.sort(item).collect(engine="streaming")
 
@@ -172,22 +179,6 @@ def _users(asked: pl.DataFrame, seen: pl.DataFrame) -> pl.DataFrame:
     users = asked.unique(subset=USER, keep="first", maintain_order=True).drop(_PLACE).join(lists, on=USER)
     nothing = pl.lit([], dtype=pl.List(pl.Int32))
     return users.join(behind, on=USER, how="left").with_columns(pl.col(SEEN).fill_null(nothing)).sort(USER)
-
-
-def _neutral(fitted: FittedPipeline, table: pl.DataFrame) -> pl.DataFrame:
-    """`table` with the other side's features: unknown ids, empty bags and zeros, which its vectors do not see."""
-    absent: list[pl.Expr] = []
-    for field in (*fitted.sparse, *fitted.dense):
-        if field.name not in table.columns:
-            match field:
-                case Sparse(multi=True):
-                    value = pl.lit([], dtype=pl.List(pl.Int32))
-                case Sparse():
-                    value = pl.lit(UNKNOWN, dtype=pl.Int32)
-                case Dense():
-                    value = pl.lit(0.0, dtype=pl.Float32)
-            absent.append(value.alias(field.name))
-    return table.with_columns(absent)
 
 
 def _without_features(fitted: FittedPipeline, items: pl.DataFrame, model: TwoTowerConfig) -> list[Any]:

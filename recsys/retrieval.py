@@ -33,6 +33,8 @@ ITEMS, USERS = "items.parquet", "users.parquet"
 ITEM, COUNT, USER, SEEN, RELEVANT = (carried(name) for name in ("item", "count", "user", "seen", "relevant"))
 """Columns beside the features: of an item its raw value and training rows; of a user theirs, and places of items."""
 
+Places = NDArray[np.signedinteger[Any]]
+"""Positions; for very many 32 bits each."""
 SLICES = ("all", "head", "torso", "tail", "cold")
 _CHUNK = 2**22
 """Scores computed at a time."""
@@ -104,9 +106,9 @@ class Pairs:
     """Items by query, ascending for each: those of query q are items_X[bounds[q] : bounds[q + 1]]."""
 
     bounds: NDArray[np.int64]
-    items_X: NDArray[np.int64]
+    items_X: Places
 
-    def of(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def of(self, start: int, stop: int) -> tuple[Places, Places]:
         """Row numbers, from 0, and items of the queries in [start, stop)."""
         bounds = self.bounds[start : stop + 1]
         return np.repeat(np.arange(stop - start), np.diff(bounds)), self.items_X[bounds[0] : bounds[-1]]
@@ -206,7 +208,7 @@ def measure_scores(
 def _count(
     tallies: "dict[str, _Tally]",
     scores_CI: Tensor,
-    relevant: tuple[NDArray[np.int64], NDArray[np.int64]],
+    relevant: tuple[Places, Places],
     slices_I: NDArray[np.int64],
     deepest: int,
     *,
