@@ -18,7 +18,7 @@ from recsys.contrast.config import SelfSupervision
 from recsys.contrast.corpus import require_item
 from recsys.contrast.task import require_trainable
 from recsys.device import DeviceName
-from recsys.gate import Gates
+from recsys.gate import Gates, RetrievalGates
 from recsys.models import ModelConfig
 from recsys.models.funnel import FunnelConfig, require_funnel
 from recsys.models.two_tower import TwoTowerConfig
@@ -209,8 +209,10 @@ class Run(FeatureRun):
     def _retrieval_fits(self) -> Self:
         of_ranking = self.train.monitor in ("recall", "ndcg")
         if not isinstance(self.model, TwoTowerConfig):
-            if self.retrieval is not None or of_ranking:
-                what = "retrieval" if self.retrieval else f'train.monitor = "{self.train.monitor}"'
+            of_gate = self.gate.retrieval != RetrievalGates()
+            if self.retrieval is not None or of_ranking or of_gate:
+                what = f'train.monitor = "{self.train.monitor}"' if of_ranking else "gate.retrieval"
+                what = "retrieval" if self.retrieval else what
                 raise ConfigError(f'{what} is of two-tower models; model.name is "{self.model.name}"')
             for what, is_given in (
                 ("index", self.index != ExactConfig()),
@@ -229,6 +231,7 @@ class Run(FeatureRun):
             "sampling.negative_rate": self.sampling != Sampling(),
             "calibrate": self.calibrate is not None,
             "evaluate": self.evaluate != Evaluation(),
+            "gate.outputs": bool(self.gate.outputs),
         }
         if given := [name for name, is_given in unfit.items() if is_given]:
             raise ConfigError(f"{given[0]} speaks of probabilities, and a two-tower model gives none; leave it out")
@@ -302,10 +305,11 @@ class Run(FeatureRun):
     def evaluation_path(self, partition: str) -> Path:
         return self.folder / "evaluation" / partition
 
-    def ranking_path(self, partitions: Sequence[str]) -> Path:
-        """What a retrieval model is asked about partitions."""
+    def ranking_path(self, partitions: Sequence[str], *, of_champion: bool = False) -> Path:
+        """What a retrieval model, or the champion beside it, is asked about partitions."""
         ends = dict.fromkeys((partitions[0], partitions[-1]))
-        return self.output / "rankings" / (self.name or self.model.name) / "..".join(ends)
+        name = f"{self.folder.name}-champion" if of_champion else self.folder.name
+        return self.output / "rankings" / name / "..".join(ends)
 
     def gate_path(self, partition: str) -> Path:
         """Of the last verdict on a version of this model."""

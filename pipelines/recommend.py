@@ -90,8 +90,8 @@ def recommend(
         fewer = f"; {made.short:,} got fewer, having seen the others" if made.short else ""
         exactly = f"; {made.exactly:,} searched exactly" if made.exactly else ""
         say(
-            f"{name}: {made.users:,} users, {run.recommend.k} of {len(index):,} items each by version {version}{ranked}, "
-            f"{seconds:.1f} s, {made.users / seconds:,.0f} users/s{fewer}{exactly} -> {target}"
+            f"{name}: {made.users:,} users, {run.recommend.k} of {len(index):,} items each by version {version}{ranked}"
+            f", {seconds:.1f} s, {made.users / seconds:,.0f} users/s{fewer}{exactly} -> {target}"
         )
         published.append(target)
     return published

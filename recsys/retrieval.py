@@ -84,9 +84,13 @@ class Ranking:
         """Who asks, as examples."""
         return self._stream(USERS)
 
+    def counts(self) -> NDArray[np.int64]:
+        """By item, its training rows."""
+        return pl.read_parquet(self.folder / ITEMS, columns=[COUNT])[COUNT].to_numpy()
+
     def slices(self) -> NDArray[np.int64]:
         """By item, its place in SLICES."""
-        return popularity(pl.read_parquet(self.folder / ITEMS, columns=[COUNT])[COUNT].to_numpy(), self.cuts)
+        return popularity(self.counts(), self.cuts)
 
     def pairs(self, column: str) -> "Pairs":
         """Items of each user, from a column of lists."""
@@ -127,6 +131,16 @@ Forward = Callable[[ExampleStream], Iterable[Tensor]]
 """logits_BL of each batch of a stream, in order."""
 
 
+@dataclass(frozen=True)
+class Ranked:
+    """What full ranking finds."""
+
+    table: pl.DataFrame
+    """The metrics, as `rank_items` gives them."""
+    recall_QS: NDArray[np.float64]
+    """Of each query at the first K, by slice; NaN where nothing of the slice is relevant."""
+
+
 def rank_items(forward: Forward, model: TwoTower, ranking: Ranking, *, brief: bool = False) -> pl.DataFrame:
     """The metrics of a model: a row per slice and K. Empty on other ranks than the first, whose help it needs.
 
@@ -144,6 +158,28 @@ def rank_items(forward: Forward, model: TwoTower, ranking: Ranking, *, brief: bo
     return measure(queries, items_ID, seen, relevant, slices_I, ranking.cuts.k, brief=brief)
 
 
+def rank_users(forward: Forward, model: TwoTower, ranking: Ranking, slices_I: NDArray[np.int64]) -> Ranked:
+    """The metrics of a model and the recall of every user, the items sliced as `slices_I` says; on one process."""
+    items_ID = torch.cat([model.items(logits_BL) for logits_BL in forward(ranking.items)])
+    queries = (model.queries(logits_BL) for logits_BL in forward(ranking.users))
+    return measure_each(queries, items_ID, ranking.pairs(SEEN), ranking.pairs(RELEVANT), slices_I, ranking.cuts.k)
+
+
+def recall_by_chance(ranking: Ranking) -> float:
+    """What a random order of the items may expect for recall at the first K."""
+    unseen_Q = len(ranking.counts()) - np.diff(ranking.pairs(SEEN).bounds)
+    return float(np.minimum(1.0, ranking.cuts.k[0] / unseen_Q).mean()) if len(unseen_Q) else 0.0
+
+
+def recall_by_popularity(ranking: Ranking) -> float:
+    """Recall at the first K of the items in the order of their training rows, without what each user has seen."""
+    counts_I = ranking.counts()
+    queries = torch.ones(ranking.rows(), 1).split(_BATCH)
+    items_ID = torch.from_numpy(counts_I.astype(np.float32))[:, None]
+    seen, relevant = ranking.pairs(SEEN), ranking.pairs(RELEVANT)
+    return measure(queries, items_ID, seen, relevant, counts_I, ranking.cuts.k[:1], brief=True)["recall"][0] or 0.0
+
+
 def measure(
     queries: Iterable[Tensor],
     items_ID: Tensor,
@@ -158,6 +194,20 @@ def measure(
 
     A query's relevant items may not be among those it has seen.
     """
+    return measure_each(queries, items_ID, seen, relevant, slices_I, k, brief=brief).table
+
+
+def measure_each(
+    queries: Iterable[Tensor],
+    items_ID: Tensor,
+    seen: Pairs,
+    relevant: Pairs,
+    slices_I: NDArray[np.int64],
+    k: tuple[int, ...],
+    *,
+    brief: bool = False,
+) -> Ranked:
+    """The same, and the recall of each query; of all items alone in `brief`."""
     return measure_scores(_products(queries, items_ID), seen, relevant, slices_I, k, brief=brief)
 
 
@@ -184,8 +234,11 @@ def measure_scores(
     k: tuple[int, ...],
     *,
     brief: bool = False,
-) -> pl.DataFrame:
-    """What `measure` gives, from scores_CI of any queries' items, which are overwritten; columns past I are padding."""
+) -> Ranked:
+    """What `measure_each` gives, from scores_CI of parts of the queries, which are overwritten.
+
+    Columns beyond the items are padding.
+    """
     items, deepest = len(slices_I), max(k)
     if deepest > items:
         raise ConfigError(f"retrieval.k = {list(k)}: the corpus has {items} items; ask for fewer")
@@ -202,7 +255,9 @@ def measure_scores(
         start = stop
     rows = [row for name, tally in tallies.items() for row in tally.rows(name, slices_I)]
     types = {"slice": pl.String, "k": pl.Int64, "users": pl.Int64, "items": pl.Int64}
-    return pl.DataFrame(rows, schema=types | dict.fromkeys(("recall", "ndcg", "map", "mrr", "coverage"), pl.Float64))
+    types |= dict.fromkeys(("recall", "ndcg", "map", "mrr", "coverage"), pl.Float64)
+    recall_QS = np.stack([np.concatenate([*tally.recalls, np.empty(0)]) for tally in tallies.values()], axis=1)
+    return Ranked(pl.DataFrame(rows, schema=types), recall_QS)
 
 
 def _count(
@@ -231,7 +286,9 @@ def _count(
         np.maximum.at(top_C, rows_X[inside_X], scores_X[inside_X])
         asked = np.flatnonzero(number_C)
         ranks = None if brief else _ranks(scores_CI, best_CK, top_C, asked)
-        tally.add(within_CK[asked], number_C[asked], ranks)
+        recall_C = np.full(queries, np.nan)
+        recall_C[asked] = tally.add(within_CK[asked], number_C[asked], ranks)
+        tally.recalls.append(recall_C)
         tally.cover(top_CK, shown_CK)
 
 
@@ -268,9 +325,13 @@ class _Tally:
         self.reciprocal: float | None = None
         self.sums = {name: np.zeros(len(k)) for name in ("recall", "ndcg", "map")}
         self.covered = np.zeros((len(k), items), dtype=np.bool_)
+        self.recalls: list[NDArray[np.float64]] = []
+        """Of all queries, by chunk."""
 
-    def add(self, hit_QK: NDArray[np.bool_], number_Q: NDArray[np.int64], ranks_Q: NDArray[np.int64] | None) -> None:
-        """Queries with `number_Q` relevant items, of which `hit_QK` says where they stand."""
+    def add(
+        self, hit_QK: NDArray[np.bool_], number_Q: NDArray[np.int64], ranks_Q: NDArray[np.int64] | None
+    ) -> NDArray[np.float64]:
+        """Queries with `number_Q` relevant items, of which `hit_QK` says where they stand; recall at the first K."""
         place_K = np.arange(1, hit_QK.shape[1] + 1)
         gain_K = 1 / np.log2(place_K + 1)
         ideal_K = np.cumsum(gain_K)
@@ -285,6 +346,7 @@ class _Tally:
             self.sums["recall"][i] += (hits_QK[:, k - 1] / number_Q).sum()
             self.sums["ndcg"][i] += (gains_QK[:, k - 1] / ideal_K[reach_Q - 1]).sum()
             self.sums["map"][i] += (precision_QK[:, k - 1] / reach_Q).sum()
+        return hits_QK[:, self.k[0] - 1] / number_Q
 
     def cover(self, top_CK: NDArray[np.int64], shown_CK: NDArray[np.bool_]) -> None:
         """Note what was shown to anybody."""
