@@ -1,21 +1,19 @@
 """demo-retrieval: candidates by two towers, a second stage that puts them in order, and the best that there can be."""
 
 import time
-from collections.abc import Iterator
+from datetime import date
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import torch
-from torch import Tensor
 
 from base.config import load_config
-from base.storage import publish, resolve
+from base.storage import publish
 from features.readers.catalogue import CatalogueConfig, Truth
 from features.split import days_of
 from pipelines.config import Run
-from pipelines.evaluate import evaluate
+from pipelines.evaluate import evaluate, evaluation_of
 from pipelines.generate import generate
 from pipelines.index import index
 from pipelines.prepare import prepare
@@ -24,7 +22,6 @@ from pipelines.promote import promote
 from pipelines.rankings import ask
 from pipelines.recommend import recommend
 from pipelines.report import report
-from pipelines.stages_page import recall_of, recommended
 from pipelines.text import aligned
 from pipelines.train import train
 from recsys.bundle import Bundle
