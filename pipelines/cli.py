@@ -161,6 +161,8 @@ def train(run: "Run") -> None:
 
 
 @verb
+@day_option
+@full_option
 @partition_option
 def evaluate(run: "Run", partition: str | None) -> None:
     """Measure the trained model on held-out raw rows."""
