@@ -46,11 +46,10 @@ Order = Callable[[slice], Tensor]
 """scores_UI of some of the users, by their places in the ranking."""
 
 
-def demo_retrieval(output: Path, rows: int, items: int) -> None:
+def demo_retrieval(output: Path, log: CatalogueConfig) -> None:
     """Generate, prepare, train, evaluate, promote, index; a ranking model; recommend, report; print what came out."""
     started = time.perf_counter()
     candidates, ranking = _runs(output)
-    log = CatalogueConfig(rows_per_day=rows, items=items)
     _step("generate", "a catalogue, and six days of who was shown what and clicked; all probabilities are known")
     generate(log, days_of(DAYS), output / "logs", overwrite=True)
     _step("prepare", "clicks as examples, the catalogue as corpus")
