@@ -18,7 +18,7 @@ if RETRIEVAL_CONFIG:
         schedule=PartitionedAssetTimetable(assets=FEATURES, default_partition_mapper=IdentityMapper()),
         catchup=False,
         max_active_runs=1,
-        params=params(config=RETRIEVAL_CONFIG),
+        params=params(RETRIEVAL_CONFIG),
         **common(hours=14),
     ):
         plan, encode = prepare()
@@ -33,7 +33,7 @@ if RETRIEVAL_CONFIG:
         schedule=each("0 0 * * 0"),
         catchup=False,
         max_active_runs=1,
-        params=params(config=RETRIEVAL_CONFIG, keep=KEEP),
+        params=params(RETRIEVAL_CONFIG, keep=KEEP),
         **common(hours=72),
     ):
         retrain()

@@ -63,7 +63,7 @@ ALARM_SECONDS = 30
 """How long the command that raises an alarm may take."""
 
 
-def params(*, config: str = CONFIG, **own: Param) -> ParamsDict:
+def params(config: str = CONFIG, /, **own: Param) -> ParamsDict:
     """What a run can be given: the same two for every DAG, then its own."""
     return ParamsDict(
         {
