@@ -181,13 +181,13 @@ class Step(BashOperator):
         return super().execute(context)
 
 
-def check() -> Step:
-    """The step that compares the day with what the champion has seen; it waits for the day's log."""
+def check(*, retries: int = PATIENCE) -> Step:
+    """The step that compares the day with what the champion has seen; by default it waits for the day's log."""
     return Step(
         task_id="check",
         verb="check",
         options='--partition "$RECSYS_PARTITION"',
-        retries=PATIENCE,
+        retries=retries,
         execution_timeout=timedelta(hours=1),
     )
 

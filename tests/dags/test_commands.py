@@ -118,10 +118,7 @@ CANDIDATES = ["--config", "retrieval.toml"]
 WITH_RETRIEVAL = {
     **COMMANDS,
     "retrieval.check": ["check", *CANDIDATES, "--partition", f"day={DAY}"],
-    "retrieval.plan": ["plan", *CANDIDATES, *OF_DAY],
-    "retrieval.count": ["count", *CANDIDATES, *OF_PARTITION],
-    "retrieval.fit": ["fit", *CANDIDATES, *OF_DAY],
-    "retrieval.encode": ["encode", *CANDIDATES, *OF_PARTITION],
+    "retrieval.prepare": ["prepare", *CANDIDATES, *OF_DAY],
     "retrieval.train": ["train", *CANDIDATES, *OF_DAY],
     "retrieval.promote": ["promote", *CANDIDATES, *OF_DAY],
     "retrieval.report": ["report", *CANDIDATES, *OF_DAY],
@@ -235,8 +232,7 @@ def test_a_retrieval_model_lives_beside_the_other(described: dict[str, Any], wit
         assert with_retrieval[name] == described[name]
     daily, weekly = (with_retrieval[name] for name in OF_RETRIEVAL)
     assert (daily["schedule"], daily["runs"]) == ("PartitionedAssetTimetable", 1)
-    assert daily["downstream"]["check"] == ["plan"]
-    assert daily["downstream"]["encode"] == ["train"]
+    assert (daily["downstream"]["check"], daily["downstream"]["prepare"]) == (["prepare"], ["train"])
     assert daily["rules"]["train"] == "none_failed"
     same = ("downstream", "schedule", "rules", "mapped", "runs", "hours")
     assert [weekly[what] for what in same] == [described["full_retrain"][what] for what in same]
