@@ -29,7 +29,7 @@ from features.readers.synthetic import SyntheticConfig, day_frame
 from pipelines.config import Run
 from pipelines.deployment import Deployment
 from pipelines.line import current_line
-from pipelines.production_demo import config_of, run_file
+from pipelines.production_demo import config_of, run_files
 from pipelines.rollback import rollback
 from pipelines.tracking import registry_of
 
@@ -155,7 +155,7 @@ def main() -> None:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     patience = {"RECSYS_RETRY_SECONDS": "5", "RECSYS_PATIENCE": "40", "OMP_NUM_THREADS": "1"}
     with Deployment(work / "servers", config=str(config_of(work)), environment=patience) as servers:
-        production = Production(run_file(work, servers.mlflow_uri, _lenient), servers, work / "logs")
+        production = Production(run_files(work, servers.mlflow_uri, _lenient)[0], servers, work / "logs")
         servers.airflow.unpause("features", "training", "full_retrain", "scoring", "backfill")
         _play(production, quick=options.quick)
     table = _table(production.trials)

@@ -9,7 +9,7 @@ from datetime import timedelta
 from airflow.providers.standard.operators.empty import EmptyOperator
 from airflow.sdk import DAG, TriggerRule, chain
 
-from dags.steps import FEATURES, OBSERVED_DAYS, PATIENCE, START, Step, common, each, params, prepare
+from dags.steps import FEATURES, OBSERVED_DAYS, START, check, common, each, params, prepare
 
 with DAG(
     dag_id="features",
@@ -21,14 +21,7 @@ with DAG(
     params=params(),
     **common(hours=10, lag=timedelta(days=1 + OBSERVED_DAYS)),
 ) as dag:
-    check = Step(
-        task_id="check",
-        verb="check",
-        options='--partition "$RECSYS_PARTITION"',
-        retries=PATIENCE,
-        execution_timeout=timedelta(hours=1),
-    )
     plan, encode = prepare()
     published = EmptyOperator(task_id="published", outlets=[FEATURES], trigger_rule=TriggerRule.NONE_FAILED)
-    chain(check, plan)
+    chain(check(), plan)
     chain(encode, published)

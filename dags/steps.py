@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from airflow.providers.standard.operators.bash import BashOperator
+from airflow.providers.standard.sensors.date_time import DateTimeSensor
 from airflow.sdk import (
     Asset,
     Context,
@@ -44,6 +45,8 @@ FEATURES = Asset(name="recsys_features", uri="x-recsys://features")
 # Of the deployment: read from the environment of every component when it parses a DAG file.
 HOME = os.environ.get("RECSYS_HOME") or str(Path(__file__).resolve().parents[1])
 CONFIG = os.environ.get("RECSYS_CONFIG") or "run.toml"
+RETRIEVAL_CONFIG = os.environ.get("RECSYS_RETRIEVAL_CONFIG") or None
+"""The run file of a two-tower model that finds candidates, if there is one."""
 START = os.environ.get("RECSYS_START") or None
 """The first day to build features of, YYYY-MM-DD. All days since then are; without it only the newest, at each tick."""
 OBSERVED_DAYS = int(os.environ.get("RECSYS_OBSERVED_DAYS") or 0)
@@ -60,26 +63,42 @@ ALARM_SECONDS = 30
 """How long the command that raises an alarm may take."""
 
 
-def params(**own: Param) -> ParamsDict:
+def params(config: str = CONFIG, /, **own: Param) -> ParamsDict:
     """What a run can be given: the same two for every DAG, then its own."""
     return ParamsDict(
         {
-            "config": Param(CONFIG, type="string", minLength=1, description="The run file, relative to home."),
+            "config": Param(config, type="string", minLength=1, description="The run file, relative to home."),
             "home": Param(HOME, type="string", minLength=1, description="The working directory of every step."),
             **own,
         }
     )
 
 
-OVERWRITE = Param(False, type="boolean", description="Score again what is published already.")
+KEEP = Param(14, type="integer", minimum=1, description="How many days of artefacts to keep.")
+OVERWRITE = Param(False, type="boolean", description="Make again what is published already.")
+RETRIEVAL: dict[str, Param] = {}
+"""What a run of a DAG that uses both models can be given besides."""
+if RETRIEVAL_CONFIG:
+    RETRIEVAL["retrieval_config"] = Param(
+        RETRIEVAL_CONFIG, type="string", minLength=1, description="The run file of the two towers, relative to home."
+    )
 
-SCORE: dict[str, Any] = {
-    "verb": "score",
-    "options": '--partition "$RECSYS_PARTITION" "$RECSYS_PUBLISHED"',
+_OF_DAY: dict[str, Any] = {
     "env": {"RECSYS_PUBLISHED": "{{ '--overwrite' if params.overwrite else '--if-missing' }}"},
     "append_env": True,
 }
+SCORE: dict[str, Any] = {"verb": "score", "options": '--partition "$RECSYS_PARTITION" "$RECSYS_PUBLISHED"', **_OF_DAY}
 """Arguments of the step that scores."""
+INDEX: dict[str, Any] = {"verb": "index", "options": "--if-missing", "config": "{{ params.retrieval_config }}"}
+"""Of the step that has an index of the champion among the two-tower models."""
+RECOMMEND: dict[str, Any] = {
+    "verb": "recommend",
+    # Should another version have become champion since the index was built: its own is built first.
+    "options": '--partition "$RECSYS_PARTITION" --build-index "$RECSYS_PUBLISHED"',
+    "config": "{{ params.retrieval_config }}",
+    **_OF_DAY,
+}
+"""Of the step that recommends."""
 
 
 def each(cron: str, *, offset: int = 0) -> CronPartitionTimetable:
@@ -160,6 +179,17 @@ class Step(BashOperator):
         """Run the command. Raises AirflowFailException, which is not retried, if the day is no date."""
         require_day(self.day)
         return super().execute(context)
+
+
+def check(*, retries: int = PATIENCE) -> Step:
+    """The step that compares the day with what the champion has seen; by default it waits for the day's log."""
+    return Step(
+        task_id="check",
+        verb="check",
+        options='--partition "$RECSYS_PARTITION"',
+        retries=retries,
+        execution_timeout=timedelta(hours=1),
+    )
 
 
 def prepare(*, full: bool = False) -> tuple[Step, Step]:
@@ -243,6 +273,31 @@ def train(*, full: bool = False, limit: timedelta) -> tuple[Step, Step]:
     chain(first, promote, report)
     chain(first, report)
     return first, report
+
+
+def retrain() -> None:
+    """The steps of a full training, from the end of its day to the removal of what has become old."""
+    over = DateTimeSensor(
+        task_id="over",
+        target_time=f"{{{{ macros.ds_add(dag_run.partition_key, {1 + OBSERVED_DAYS}) }}}}",
+        mode="reschedule",
+        poke_interval=timedelta(minutes=10),
+        timeout=timedelta(days=2).total_seconds(),
+    )
+    plan, encode = prepare(full=True)
+    first, report = train(full=True, limit=timedelta(hours=36))
+    clean = Step(
+        task_id="clean",
+        verb="clean",
+        options='--keep "$RECSYS_KEEP"',
+        env={"RECSYS_KEEP": "{{ params.keep }}"},
+        append_env=True,
+        execution_timeout=timedelta(hours=1),
+        trigger_rule=TriggerRule.NONE_FAILED,
+    )
+    chain(over, check(), plan)  # the gate needs the log of the day
+    chain(encode, first)
+    chain(report, clean)
 
 
 def require_day(key: str | None) -> date:

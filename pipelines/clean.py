@@ -15,8 +15,9 @@ from recsys.registry import CHAMPION, PREVIOUS, ModelRegistry
 def clean(run: Run, *, keep: int, say: Callable[[str], None] = print) -> int:
     """Remove dated artefacts more than `keep` days older than the newest; returns the bytes that were freed.
 
-    What stays whatever its age: scores; the bundles of champion, previous champion and challenger; of the current line
-    the last state, the features it was trained with and the newest ones, and examples that are not trained on yet.
+    What stays whatever its age: scores, recommendations and the index; the bundles of champion, previous champion and
+    challenger; of the current line the last state, the features it was trained with and the newest ones, and examples
+    that are not trained on yet.
     Raises ConfigError if `keep` is shorter than the training window, RegistryError if MLflow cannot say what is in use.
     """
     if keep < run.daily.window_days:

@@ -242,8 +242,11 @@ def index(run: "Run", overwrite: bool, if_missing: bool, model: str) -> None:
 @click.option(
     "--model", default="champion", show_default=True, help="An alias, a version number, or a bundle's folder."
 )
+@click.option("--build-index", is_flag=True, help="Build the index of that model first, if there is another or none.")
 @click.option("--if-missing", is_flag=True, help="Leave a partition that is published already as it is.")
-def recommend(run: "Run", partition: str | None, overwrite: bool, if_missing: bool, model: str) -> None:
+def recommend(
+    run: "Run", partition: str | None, overwrite: bool, if_missing: bool, build_index: bool, model: str
+) -> None:
     """Publish the top items for every user of the partition, what they have seen removed."""
     from base.errors import ConfigError
     from pipelines.progress import Ticker
@@ -253,7 +256,13 @@ def recommend(run: "Run", partition: str | None, overwrite: bool, if_missing: bo
         raise ConfigError("--overwrite and --if-missing contradict each other: pass one of them")
     ticker = Ticker("recommend", rows="users")
     recommend(
-        run, partition=partition, model=model, overwrite=overwrite, if_missing=if_missing, on_users=ticker.on_rows
+        run,
+        partition=partition,
+        model=model,
+        overwrite=overwrite,
+        if_missing=if_missing,
+        build_index=build_index,
+        on_users=ticker.on_rows,
     )
     ticker.close()
 

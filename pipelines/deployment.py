@@ -20,6 +20,8 @@ from base.errors import SetupError
 
 DAGS = Path(__file__).resolve().parents[1] / "dags"
 DAG_IDS = ("features", "training", "full_retrain", "scoring", "backfill")
+RETRIEVAL_DAG_IDS = ("retrieval", "retrieval_full_retrain")
+"""Those that there are with RECSYS_RETRIEVAL_CONFIG."""
 MARK = "RECSYS_DEPLOYMENT"
 """Every process of a deployment is started with this variable."""
 T = TypeVar("T")
@@ -31,8 +33,10 @@ NEVER = "2100-01-01"
 class Airflow:
     """Airflow's REST interface, as far as it is needed. Its methods raise SetupError if a request is refused."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, dag_ids: tuple[str, ...] = DAG_IDS) -> None:
+        """`dag_ids`: those that it shall know."""
         self.url = url
+        self.dag_ids = dag_ids
         self._token: str | None = None
 
     def unpause(self, *dag_ids: str) -> None:
@@ -121,7 +125,7 @@ class Airflow:
             return False
         if errors:
             raise SetupError(f"{errors[0]['filename']}: cannot be read: {errors[0]['stack_trace'].splitlines()[-1]}")
-        return known >= set(DAG_IDS) and _answers(f"{self.url}/execution/health", seconds=120)
+        return known >= set(self.dag_ids) and _answers(f"{self.url}/execution/health", seconds=120)
 
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         if self._token is None and path.startswith("/api/"):
@@ -154,25 +158,29 @@ class Deployment:
         folder: Path,
         *,
         config: str,
+        retrieval_config: str | None = None,
         home: Path | None = None,
         start: str = NEVER,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """`config` is the run file, relative to `home` (by default the working directory); `start`: RECSYS_START.
 
+        `retrieval_config` is that of a two-tower model, if there shall be one.
         `environment` is added to that of every component, and so of every task.
         """
         self.folder = folder.absolute()
         self.home = (home or Path.cwd()).absolute()
         self.mlflow_port, airflow_port = _free_ports(2)
         self.mlflow_uri = f"http://127.0.0.1:{self.mlflow_port}"
-        self.airflow = Airflow(f"http://127.0.0.1:{airflow_port}")
+        dag_ids = DAG_IDS if retrieval_config is None else DAG_IDS + RETRIEVAL_DAG_IDS
+        self.airflow = Airflow(f"http://127.0.0.1:{airflow_port}", dag_ids)
         self._environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("AIRFLOW", "RECSYS_", "MLFLOW"))},
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             MARK: str(self.folder),
             "RECSYS_HOME": str(self.home),
             "RECSYS_CONFIG": config,
+            **({} if retrieval_config is None else {"RECSYS_RETRIEVAL_CONFIG": retrieval_config}),
             "RECSYS_START": start,
             "MLFLOW_TRACKING_URI": self.mlflow_uri,
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",

@@ -1,6 +1,7 @@
 """index: the corpus through the item tower of a registered model, published as an index to look items up in."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from base.errors import ConfigError, DataError
-from base.storage import is_published, read_manifest, resolve
+from base.storage import exclusive, is_published, read_manifest, resolve
 from features.columns import explained, require, sql
 from features.split import EachDay, days_of
 from pipelines.config import Retrieval, Run
@@ -37,6 +38,40 @@ def index(
     """
     retrieval = retrieval_of(run, "index")
     bundle, version, _ = model_of(run, model)
+    with _alone(run, say):
+        _build(run, retrieval, bundle, version, overwrite=overwrite, if_missing=if_missing, say=say)
+    return run.index_path
+
+
+def index_of(run: Run, bundle: Bundle, version: str, *, say: Callable[[str], None] = print) -> Path:
+    """The folder of an index of this very bundle, built first if the published one is of another.
+
+    The folder outlasts what is published next, of which the last three are kept.
+    """
+    with _alone(run, say):
+        if is_published(run.index_path):
+            folder = resolve(run.index_path, KIND)
+            if read_manifest(folder).about.get("bundle") == bundle.version:
+                return folder
+        _build(run, retrieval_of(run, "index"), bundle, version, overwrite=True, if_missing=False, say=say)
+        return resolve(run.index_path, KIND)
+
+
+def _alone(run: Run, say: Callable[[str], None]) -> AbstractContextManager[None]:
+    """Runs of several days may want the same index at once: the first builds it, the others find it there."""
+    return exclusive(run.folder / "indexing", say)
+
+
+def _build(
+    run: Run,
+    retrieval: Retrieval,
+    bundle: Bundle,
+    version: str,
+    *,
+    overwrite: bool,
+    if_missing: bool,
+    say: Callable[[str], None],
+) -> None:
     towers_of(bundle)
     bundle = bundle.to(pick_device(run.device))
     partitions, asking = _known(run, bundle)
@@ -45,7 +80,7 @@ def index(
         found = read_manifest(resolve(run.index_path, KIND)).about
         if about.items() <= found.items():
             say(f"index of version {version}: there already")
-            return run.index_path
+            return
     with explained("[retrieval], the corpus"):
         items = corpus_of(run, _columns(run, retrieval, bundle), partitions)
     depth = run.recommend.depth(items.height)
@@ -63,7 +98,6 @@ def index(
         f"index of version {version}: {made['kind']}, {made['items']:,} items, recall@{depth} {made['recall']:.4f} "
         f"of exact search on {made['queries']:,} users, built in {made['build_seconds']:.1f} s -> {run.index_path}"
     )
-    return run.index_path
 
 
 def retrieval_of(run: Run, step: str) -> Retrieval:

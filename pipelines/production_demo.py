@@ -1,4 +1,7 @@
-"""production-demo: a real MLflow server and a real Airflow live through five days of a drifting log, then stop."""
+"""production-demo: a real MLflow server and a real Airflow live through five days of a drifting log, then stop.
+
+Two models live there: one that ranks, and one that finds candidates for it.
+"""
 
 import json
 import time
@@ -6,7 +9,6 @@ from collections.abc import Callable
 from datetime import date, timedelta
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from base.config import load_config
 from base.errors import SetupError
@@ -20,8 +22,10 @@ from pipelines.text import aligned
 from pipelines.tracking import registry_of
 
 FIRST = date(2026, 3, 5)
-"""The day of the first full training: it learns from the first three days of the log."""
+"""The day of the first full trainings: they learn from the first three days of the log."""
 DRIFT = 0.05
+RANKING, RETRIEVAL = "production.toml", "production-retrieval.toml"
+"""The run files that ship."""
 
 
 def production_demo(output: Path, rows: int, days: int) -> None:
@@ -32,47 +36,58 @@ def production_demo(output: Path, rows: int, days: int) -> None:
     _say(started, f"the log of {len(history)} days, {rows:,} impressions each; its taste drifts, its ids grow")
     generate(log, history, output / "logs", overwrite=True)
     _say(started, "starting MLflow and Airflow")
-    patience = {"RECSYS_RETRY_SECONDS": "10", "RECSYS_PATIENCE": "3"}
-    with Deployment(output / "servers", config=str(config_of(output)), environment=patience) as deployment:
-        run = run_file(output, deployment.mlflow_uri)
+    with Deployment(
+        output / "servers",
+        config=str(config_of(output)),
+        retrieval_config=str(config_of(output, RETRIEVAL)),
+        environment={"RECSYS_RETRY_SECONDS": "10", "RECSYS_PATIENCE": "3"},
+    ) as deployment:
+        ranking, retrieval = run_files(output, deployment.mlflow_uri)
         print(f"MLflow   {deployment.mlflow_uri}\nAirflow  {deployment.airflow.url}", flush=True)
         airflow = deployment.airflow
-        airflow.unpause("features", "training", "full_retrain", "scoring")
-        _say(started, f"full training for {FIRST}: three days, gate")
-        _finish(deployment, "full_retrain", airflow.trigger("full_retrain", str(FIRST)))
-        table = [
-            ["day", "rows", "new ids", "AUC of yesterday's champion", "challenger", "verdict", "champion", "scored"]
-        ]
+        airflow.unpause(*(dag for dag in airflow.dag_ids if dag != "backfill"))
+        _say(started, f"full trainings for {FIRST}: three days, gate; one of the ranking, one of the retrieval model")
+        for run_id in [(dag, airflow.trigger(dag, str(FIRST))) for dag in ("full_retrain", "retrieval_full_retrain")]:
+            _finish(deployment, *run_id)
+        tables = ([_RANKED], [_RETRIEVED])
         day = FIRST
         for _ in range(days):
             day += timedelta(days=1)
             generate(log, [day], output / "logs", overwrite=True)
-            _say(started, f"{day}: scoring by the champion, features, training, gate")
+            _say(started, f"{day}: scores and recommendations by the champions, features, training, gate")
             _finish(deployment, "scoring", airflow.trigger("scoring", str(day)))
             _finish(deployment, "features", airflow.trigger("features", str(day)))
-            _finish(deployment, "training", airflow.run_of("training", str(day)))
-            table.append(_row(run, day))
-            print(aligned(table, left=1), flush=True)
+            for dag in ("training", "retrieval"):
+                _finish(deployment, dag, airflow.run_of(dag, str(day)))
+            for table, row in zip(tables, (_ranked(ranking, day), _retrieved(retrieval, day)), strict=True):
+                table.append([str(day), *row])
+            print("\n\n".join(aligned(table, left=1) for table in tables), flush=True)
         _say(started, "stopping both servers")
         urls = f"MLflow was {deployment.mlflow_uri}, Airflow {airflow.url}; both are stopped"
-    print(f"\n{aligned(table, left=1)}\n\n{urls}")
-    print(f"report   {run.on(day).report_path.absolute() / 'index.html'}")
-    print(f"scores   {run.scores_path(f'day={day}').absolute()}")
+    print("", *(f"{aligned(table, left=1)}\n" for table in tables), urls, sep="\n")
+    print(f"reports  {ranking.on(day).report_path.absolute() / 'index.html'}")
+    print(f"         {retrieval.on(day).report_path.absolute() / 'index.html'}")
+    print(f"scores   {ranking.scores_path(f'day={day}').absolute()}")
+    print(f"items    {retrieval.recommendations_path(f'day={day}').absolute()}")
     print(f"all in {time.perf_counter() - started:.0f} s")
 
 
-def run_file(output: Path, mlflow: str, change: Callable[[str], str] = lambda text: text) -> Run:
-    """Publish the run file of a deployment: the one that ships, with its folders, its MLflow and any other `change`."""
-    text = (files("pipelines") / "runs" / "production.toml").read_text(encoding="utf-8")
-    text = text.replace('"runs/production', f'"{output.absolute()}') + f'\n[mlflow]\nuri = "{mlflow}"\n'
+def run_files(output: Path, mlflow: str, change: Callable[[str], str] = lambda text: text) -> tuple[Run, Run]:
+    """Publish a deployment's run files: those that ship, with its folders and its MLflow, and any other `change` of the
+    ranking model's. Returns the runs of the ranking and of the retrieval model."""
     with publish(output / "deployment", "deployment", overwrite=True, keep=1) as staging:
-        (staging / "run.toml").write_text(change(text), encoding="utf-8")
-    return load_config(Run, config_of(output))
+        for name in (RANKING, RETRIEVAL):
+            text = (files("pipelines") / "runs" / name).read_text(encoding="utf-8")
+            text = text.replace('"runs/production', f'"{output.absolute()}')
+            text = text.replace(f'"pipelines/runs/{RANKING}"', f'"{config_of(output)}"')
+            text += f'{"" if "[mlflow]" in text else "[mlflow]"}\nuri = "{mlflow}"\n'  # it stands last
+            (staging / name).write_text(change(text) if name == RANKING else text, encoding="utf-8")
+    return load_config(Run, config_of(output)), load_config(Run, config_of(output, RETRIEVAL))
 
 
-def config_of(output: Path) -> Path:
-    """Where `run_file` publishes it."""
-    return output.absolute() / "deployment" / "run.toml"
+def config_of(output: Path, name: str = RANKING) -> Path:
+    """Where `run_files` publishes one of them."""
+    return output.absolute() / "deployment" / name
 
 
 def _finish(deployment: Deployment, dag: str, run_id: str) -> None:
@@ -84,29 +99,52 @@ def _finish(deployment: Deployment, dag: str, run_id: str) -> None:
         )
 
 
-def _row(run: Run, day: date) -> list[str]:
+_RANKED = ["day", "rows", "new ids", "AUC of yesterday's champion", "challenger", "verdict", "champion", "scored"]
+_RETRIEVED = [
+    "day",
+    "items",
+    "recall of yesterday's champion",
+    "challenger",
+    "verdict",
+    "champion",
+    "users recommended",
+]
+
+
+def _ranked(run: Run, day: date) -> list[str]:
     now, line = run.on(day), line_of(run.on(day))
     before, after = (line.features(d) for d in (run.data.day_before(day), day))
     new = sum(a.rows - b.rows for a, b in zip(after.sparse, before.sparse, strict=True))
-    verdict = _verdict(now)
-    aucs = [c for c in verdict["evidence"]["comparisons"] if (c["metric"], c["slice"]) == ("auc", "all")]
-    champion = registry_of(run).champion()
-    scores = run.scores_path(f"day={day}")
     return [
-        str(day),
         f"{read_manifest(resolve(line.examples_path(f'day={day}'))).about['rows']:,}",
         f"{new:,}",
-        f"{aucs[0]['champion']:.4f}" if aucs else "-",
-        f"{aucs[0]['candidate']:.4f}" if aucs else "-",
-        verdict["verdict"]["decision"],
-        f"version {champion.version}" if champion else "none",
-        f"{read_manifest(resolve(scores)).about['rows']:,}" if is_published(scores) else "-",
+        *_judged(now, "auc"),
+        _made(run.scores_path(f"day={day}"), "rows"),
     ]
 
 
-def _verdict(run: Run) -> dict[str, Any]:
+def _retrieved(run: Run, day: date) -> list[str]:
+    assert run.retrieval is not None
+    target = run.recommendations_path(f"day={day}")
+    items = f"{read_manifest(resolve(target)).about['index']['items']:,}" if is_published(target) else "-"
+    return [items, *_judged(run.on(day), f"recall@{run.retrieval.k[0]}"), _made(target, "users")]
+
+
+def _judged(run: Run, metric: str) -> list[str]:
+    """Of the gate: champion's and challenger's metric, the verdict; and who is champion now."""
     folder = resolve(run.gate_path(f"day={run.day}"), "verdict")
-    return json.loads((folder / "verdict.json").read_bytes())
+    found = json.loads((folder / "verdict.json").read_bytes())
+    whole = [c for c in found["evidence"]["comparisons"] if (c["metric"], c["slice"]) == (metric, "all")]
+    champion = registry_of(run).champion()
+    return [
+        *(f"{whole[0][which]:.4f}" if whole else "-" for which in ("champion", "candidate")),
+        found["verdict"]["decision"],
+        f"version {champion.version}" if champion else "none",
+    ]
+
+
+def _made(target: Path, what: str) -> str:
+    return f"{read_manifest(resolve(target)).about[what]:,}" if is_published(target) else "-"
 
 
 def _say(started: float, text: str) -> None:

@@ -19,7 +19,7 @@ from features.split import EachDay
 from pipelines.config import Retrieval, Run
 from pipelines.config import SecondStage as Ranking
 from pipelines.examples import good_rows
-from pipelines.index import first_rows, retrieval_of, with_derived
+from pipelines.index import first_rows, index_of, retrieval_of, with_derived
 from pipelines.measure import held_out
 from pipelines.tracking import model_of
 from recsys.bundle import Bundle
@@ -41,13 +41,15 @@ def recommend(
     model: str = CHAMPION,
     overwrite: bool = False,
     if_missing: bool = False,
+    build_index: bool = False,
     on_users: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = print,
 ) -> list[Path]:
     """Recommend to the users of partitions (by default the test ones) by a registered version, an alias, or a bundle's
     folder, and the published index of it.
 
-    With `if_missing` what is published stays as it is, where it would be an error.
+    With `if_missing` what is published stays as it is, and with `build_index` an index of another model is replaced,
+    where each would be an error.
     """
     retrieval = retrieval_of(run, "recommend")
     names = held_out(run, partition)
@@ -60,7 +62,8 @@ def recommend(
     bundle, version, _ = model_of(run, model)
     towers_of(bundle)
     bundle = bundle.to(pick_device(run.device))
-    index = ItemIndex.load(run.index_path, bundle)
+    # Its folder, since another run may publish the index of another model meanwhile.
+    index = ItemIndex.load(index_of(run, bundle, version, say=say) if build_index else run.index_path, bundle)
     depth = _depth(run, index)
     second = None if run.recommend.ranking is None else _second_stage(run, run.recommend.ranking, retrieval, index)
     published: list[Path] = []

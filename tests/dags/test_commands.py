@@ -14,6 +14,8 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 DAGS = ["backfill", "features", "full_retrain", "scoring", "training"]
+OF_RETRIEVAL = ["retrieval", "retrieval_full_retrain"]
+RETRIEVAL = {"RECSYS_RETRIEVAL_CONFIG": "retrieval.toml"}
 DAY = "2026-03-07"
 
 IMPORT = """
@@ -112,6 +114,26 @@ COMMANDS = {
     "backfill.prepare": ["prepare", *CONFIG, "--day", "2026-03-05"],
     "backfill.score": ["score", *CONFIG, "--partition", "day=2026-03-05", "--if-missing"],
 }
+CANDIDATES = ["--config", "retrieval.toml"]
+WITH_RETRIEVAL = {
+    **COMMANDS,
+    "retrieval.check": ["check", *CANDIDATES, "--partition", f"day={DAY}"],
+    "retrieval.prepare": ["prepare", *CANDIDATES, *OF_DAY],
+    "retrieval.train": ["train", *CANDIDATES, *OF_DAY],
+    "retrieval.promote": ["promote", *CANDIDATES, *OF_DAY],
+    "retrieval.report": ["report", *CANDIDATES, *OF_DAY],
+    **{
+        name.replace("full_retrain", "retrieval_full_retrain"): [command[0], *CANDIDATES, *command[3:]]
+        for name, command in COMMANDS.items()
+        if name.startswith("full_retrain.")
+    },
+    "scoring.index": ["index", *CANDIDATES, "--if-missing"],
+    "scoring.recommend": ["recommend", *CANDIDATES, "--partition", f"day={DAY}", "--build-index", "--if-missing"],
+    "backfill.recommend": [
+        *("recommend", *CANDIDATES),
+        *("--partition", "day=2026-03-05", "--build-index", "--if-missing"),
+    ],
+}
 
 
 def child(code: str, *arguments: str, environment: dict[str, str]) -> str:
@@ -147,6 +169,11 @@ def described(airflow: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
     return describe(airflow, tmp_path_factory.mktemp("described"))
 
 
+@pytest.fixture(scope="module")
+def with_retrieval(airflow: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return describe(airflow | RETRIEVAL, tmp_path_factory.mktemp("with_retrieval"))
+
+
 def run(
     environment: dict[str, str], folder: Path, *, key: str | None, mapped: str, conf: dict[str, Any]
 ) -> dict[str, Any]:
@@ -161,20 +188,26 @@ def run(
 
 
 def test_importing_the_files_is_quick_and_brings_in_nothing_of_ours(airflow: dict[str, str]) -> None:
-    found = json.loads(child(IMPORT, ",".join(DAGS), str(REPO / "dags"), environment=airflow))
+    files = ",".join([*DAGS, "retrieval"])
+    found = json.loads(child(IMPORT, files, str(REPO / "dags"), environment=airflow | RETRIEVAL))
     heavy = {"torch", "torchrec", "fbgemm_gpu", "polars", "mlflow", "numpy", "pandas", "sklearn"}
     ours = {"base", "features", "recsys", "pipelines", "serving", "bench"}
     assert not {name.partition(".")[0] for name in found["all"]} & (heavy | ours)
     assert found["seconds"] < 2
 
 
-def test_every_dag_has_limits_retries_and_alarms(described: dict[str, Any]) -> None:
+def test_every_dag_has_limits_retries_and_alarms(described: dict[str, Any], with_retrieval: dict[str, Any]) -> None:
     assert sorted(described) == DAGS
-    for dag in described.values():
+    assert sorted(with_retrieval) == sorted([*DAGS, *OF_RETRIEVAL])
+    for dag in [*described.values(), *(dag for name, dag in with_retrieval.items() if name not in OF_RETRIEVAL)]:
+        assert dag["params"]["config"] == ["run.toml", "string"]
+    for name in OF_RETRIEVAL:
+        assert with_retrieval[name]["params"]["config"] == ["retrieval.toml", "string"]
+    for dag in [*described.values(), *with_retrieval.values()]:
         assert dag["unlimited"] == dag["unretried"] == dag["silent"] == []
         assert dag["deadline"] == ["dags.steps.alarm_late"]
         assert (dag["start"], dag["catchup"]) == ("None", False)
-        assert dag["params"].items() >= {"config": ["run.toml", "string"], "home": [str(REPO), "string"]}.items()
+        assert dag["params"]["home"] == [str(REPO), "string"]
 
 
 def test_who_starts_what(described: dict[str, Any]) -> None:
@@ -191,6 +224,26 @@ def test_who_starts_what(described: dict[str, Any]) -> None:
     }
     one_at_a_time = {name for name, dag in described.items() if dag["runs"] == 1}
     assert one_at_a_time == {"training", "full_retrain", "backfill"}
+
+
+def test_a_retrieval_model_lives_beside_the_other(described: dict[str, Any], with_retrieval: dict[str, Any]) -> None:
+    """Without its run file, nothing is different; with it, two DAGs more, and two tasks beside `score`."""
+    for name in set(DAGS) - {"scoring", "backfill"}:
+        assert with_retrieval[name] == described[name]
+    daily, weekly = (with_retrieval[name] for name in OF_RETRIEVAL)
+    assert (daily["schedule"], daily["runs"]) == ("PartitionedAssetTimetable", 1)
+    assert (daily["downstream"]["check"], daily["downstream"]["prepare"]) == (["prepare"], ["train"])
+    assert daily["rules"]["train"] == "none_failed"
+    same = ("downstream", "schedule", "rules", "mapped", "runs", "hours")
+    assert [weekly[what] for what in same] == [described["full_retrain"][what] for what in same]
+    assert described["scoring"]["downstream"] == {"score": []}
+    assert with_retrieval["scoring"]["downstream"] == {"score": [], "index": ["recommend"], "recommend": []}
+    assert with_retrieval["scoring"]["params"]["retrieval_config"] == ["retrieval.toml", "string"]
+    assert "retrieval_config" not in described["scoring"]["params"]
+    backfill = with_retrieval["backfill"]
+    assert backfill["downstream"]["prepare"] == ["published", "recommend", "score"]
+    assert backfill["mapped"] == ["prepare", "recommend", "score"]
+    assert backfill["rules"]["recommend"] == backfill["rules"]["score"] == "none_failed"
 
 
 def test_feature_building_is_a_map_over_partitions(described: dict[str, Any]) -> None:
@@ -226,22 +279,25 @@ def test_settings_come_from_the_environment(airflow: dict[str, str], tmp_path: P
 def test_each_task_is_one_command_line(airflow: dict[str, str], tmp_path: Path) -> None:
     home = tmp_path / "it's a home"
     home.mkdir()
-    seen = run(airflow, tmp_path, key=DAY, mapped="day=2026-03-05", conf={"home": str(home)})
-    days = run(airflow, tmp_path, key="2026-03-01..2026-03-09", mapped="2026-03-05", conf={"home": str(home)})
-    seen |= {name: called for name, called in days.items() if name.startswith("backfill.")}
-    assert {name: called["argv"] for name, called in seen.items()} == {
-        name: ["-P", "-m", "pipelines.cli", *command] for name, command in COMMANDS.items()
-    }
-    assert {Path(called["cwd"]).name for called in seen.values()} == {"it's a home"}
+    for given, commands in ({}, COMMANDS), (RETRIEVAL, WITH_RETRIEVAL):
+        environment = airflow | given
+        seen = run(environment, tmp_path, key=DAY, mapped="day=2026-03-05", conf={"home": str(home)})
+        days = run(environment, tmp_path, key="2026-03-01..2026-03-09", mapped="2026-03-05", conf={"home": str(home)})
+        seen |= {name: called for name, called in days.items() if name.startswith("backfill.")}
+        assert {name: called["argv"] for name, called in seen.items()} == {
+            name: ["-P", "-m", "pipelines.cli", *command] for name, command in commands.items()
+        }
+        assert {Path(called["cwd"]).name for called in seen.values()} == {"it's a home"}
 
 
 def test_what_is_given_never_becomes_a_command(airflow: dict[str, str], tmp_path: Path) -> None:
     home = tmp_path / "it's a $(touch home) folder"
     home.mkdir()
     hostile = "x'; touch a #$(touch b)`touch c`\"{{ 7 * 7 }}"
-    conf = {"home": str(home), "config": hostile, "keep": hostile, "overwrite": hostile}
-    seen = run(airflow, tmp_path, key=hostile, mapped=hostile, conf=conf)
-    assert seen.keys() == COMMANDS.keys()
+    conf = {"home": str(home), "keep": hostile, "overwrite": hostile}
+    conf |= {"config": hostile, "retrieval_config": hostile}
+    seen = run(airflow | RETRIEVAL, tmp_path, key=hostile, mapped=hostile, conf=conf)
+    assert seen.keys() == WITH_RETRIEVAL.keys()
     for called in seen.values():
         assert called["argv"][5] == hostile
     assert seen["features.plan"]["argv"][6:] == ["--day", hostile]
@@ -249,6 +305,8 @@ def test_what_is_given_never_becomes_a_command(airflow: dict[str, str], tmp_path
     assert seen["backfill.prepare"]["argv"][6:] == ["--day", hostile]
     assert seen["full_retrain.clean"]["argv"][6:] == ["--keep", hostile]
     assert seen["scoring.score"]["argv"][6:] == ["--partition", f"day={hostile}", "--overwrite"]
+    recommended = ["--partition", f"day={hostile}", "--build-index", "--overwrite"]
+    assert seen["scoring.recommend"]["argv"][6:] == seen["backfill.recommend"]["argv"][6:] == recommended
     assert list(home.iterdir()) == [], "something given reached the shell"
 
 

@@ -1,7 +1,7 @@
 """Every DAG under a real scheduler, started through REST with a partition key; a stub stands in for the command line.
 
 The stub notes every call. `plan` refuses a day before the day before it is fitted, as the real one does; beyond that it
-does as `home/orders.json` says: by verb and day, one exit status (or seconds to sleep) per attempt.
+does as `home/orders.json` says: by verb, day and perhaps run file, one exit status (or seconds to sleep) per attempt.
 """
 
 import json
@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def calls():
 
 before = [c for c in calls() if (c["verb"], c["day"], c["argv"]) == (verb, day, sys.argv[1:]) and "exit" not in c]
 note(at=time.time())
-orders = json.load(open("orders.json")).get(f"{verb} {day}", [])
+orders = json.load(open("orders.json"))
+orders = orders.get(f"{verb} {day} {given['--config']}", orders.get(f"{verb} {day}", []))
 order = orders[len(before)] if len(before) < len(orders) else 0
 if isinstance(order, float):
     time.sleep(order)
@@ -102,9 +104,9 @@ class Scene:
         return self.airflow.wait("training", run), self.airflow.states("training", run)
 
 
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    folder = tmp_path_factory.mktemp("deployment")
+@contextmanager
+def living(folder: Path, *, retrieval_config: str | None = None) -> Iterator[Scene]:
+    """A deployment below `folder`, all of its DAGs unpaused; in the end, no process of it is left."""
     home, fake = folder / "home", folder / "fake" / "pipelines"
     home.mkdir()
     fake.mkdir(parents=True)
@@ -118,10 +120,18 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         "RECSYS_DEADLINE_HOURS": str(5 / 3600),
         "RECSYS_ALARM": f"tee -a {home / 'alarms.jsonl'}",
     }
-    with Deployment(folder / "run", config="run.toml", home=home, environment=environment) as deployment:
-        deployment.airflow.unpause(*DAG_IDS)
+    with Deployment(
+        folder / "run", config="run.toml", retrieval_config=retrieval_config, home=home, environment=environment
+    ) as deployment:
+        deployment.airflow.unpause(*deployment.airflow.dag_ids)
         yield Scene(deployment, home)
     assert _living(folder / "run") == []
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with living(tmp_path_factory.mktemp("deployment")) as scene:
+        yield scene
 
 
 def test_days_in_any_order_are_built_in_order_and_each_starts_one_training(scene: Scene) -> None:
