@@ -1,0 +1,557 @@
+"""Retrieval beside its rivals, self-supervision beside none: recall by popularity of the item, on items never seen.
+
+    python -m bench.retrieval --data PATH                  everything, 5 seeds; PATH holds ml-1m/ and gowalla/
+    python -m bench.retrieval --data PATH --quick          one seed on little training
+    python -m bench.retrieval --part ml-1m                 one of ml-1m, gowalla, esmm
+    python -m bench.retrieval --choose                     the settings tried, by what the validation rows say
+    python -m bench.retrieval --table                      print the tables from the records
+
+All models are asked the same: every item is ranked for every user without what they have seen, and one implementation
+measures (`recsys.retrieval`). implicit runs in an environment of its own (`make peer`), on the same pairs of ids.
+Epochs and settings were chosen on the validation rows; the test rows are read once per seed, by the best weights.
+
+MovieLens-1M: what a user rated above 3, 80/10/10 of each user's rows. "New items" are the same questions to models that
+learned without a tenth of the items, drawn anew for each seed: none of their rows is trained on, and they are known by
+features alone. What knows ids alone cannot rank these, so they come last with it, and its recall of them is 0.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from base.config import load_config
+from bench import conversion, records
+from features.pipeline import FittedPipeline
+from pipelines.config import Run
+from pipelines.examples import examples_of, good_rows
+from pipelines.prepare import prepare
+from pipelines.progress import Ticker
+from pipelines.rankings import ranking_of, write_ranking
+from pipelines.train import corpus_of
+from recsys import trainer
+from recsys.bundle import load_model
+from recsys.data import ExampleStream
+from recsys.device import CPU
+from recsys.models.two_tower import TwoTower
+from recsys.retrieval import ITEM, ITEMS, RELEVANT, SEEN, USER, USERS, Ranking, measure, rank_items
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "pipelines" / "runs"
+RECORDS = records.FOLDER / "retrieval.jsonl"
+PEER = ROOT / ".venv-peer" / "bin" / "python"
+SEEDS = 5
+K = 20
+VALID, TEST = ["split=valid"], ["split=test"]
+COLD = 0.1
+"""Share of the items that are new in the second question."""
+_LAST = -1e9
+"""Added to the scores of items that a model of ids cannot rank."""
+PARTS = ("ml-1m", "gowalla", "esmm")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to train: what differs from the run file."""
+
+    name: str
+    ssl: Mapping[str, Any] | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, run: Run) -> Run:
+        """The run, trained this way."""
+        tree = run.model_dump(mode="json")
+        changed = {n: {**tree[n], **getattr(self, n)} for n in ("model", "train")}
+        return Run.model_validate({**tree, **changed, "ssl": self.ssl})
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A model of implicit's, with its arguments."""
+
+    name: str
+    model: Literal["als", "bpr"]
+    options: Mapping[str, Any]
+
+
+# What was chosen on validation rows, by one seed: see --choose.
+MOVIELENS: dict[str, Any] = {"epochs": 10, "patience": 2}
+MOVIELENS_KINDS = (
+    Kind("two-tower"),
+    Kind("two-tower, spread-out", {"baseline": "spread_out"}),
+    Kind("two-tower, feature dropout", {"baseline": "feature_dropout"}),
+    Kind("two-tower, RFM", {"masking": "rfm"}),
+    Kind("two-tower, CFM", {"masking": "cfm"}),
+    Kind("two-tower, CFM + embedding masking", {"masking": "cfm", "embedding_masking": 0.1}),
+)
+MOVIELENS_TRIED = (
+    *(Kind(f"temperature {t:g}", model={"temperature": t}) for t in (0.07, 0.1, 0.2)),
+    Kind("a hidden layer of 128 each", model={"query_hidden": [128], "item_hidden": [128]}),
+    Kind("table_l2 1e-4", train={"table_l2": 1e-4}),
+)
+_PEER = {"factors": 64}
+MOVIELENS_PEERS = (Peer("implicit ALS", "als", {"factors": 64}), Peer("implicit BPR", "bpr", {"factors": 64}))
+PEERS_TRIED = (
+    *(
+        Peer(f"implicit ALS, regularization {r:g}, alpha {a:g}", "als", {**_PEER, "regularization": r, "alpha": a})
+        for r in (0.01, 1.0, 10.0)
+        for a in (1.0, 4.0, 16.0)
+    ),
+    *(
+        Peer(
+            f"implicit BPR, learning rate {r:g}, {n} iterations", "bpr", {**_PEER, "learning_rate": r, "iterations": n}
+        )
+        for r in (0.01, 0.05)
+        for n in (100, 300)
+    ),
+)
+_NO_ID = {"item": ["genres", "year", "title_words"]}
+NEW_KINDS = MOVIELENS_KINDS
+NEW_TRIED: tuple[Kind, ...] = ()
+GOWALLA: dict[str, Any] = {}
+GOWALLA_KINDS = (Kind("two-tower"), Kind("two-tower without logQ", model={"log_q": False}))
+GOWALLA_TRIED: tuple[Kind, ...] = ()
+GOWALLA_PEERS = MOVIELENS_PEERS
+PUBLISHED = "| LightGCN, as its PyTorch repository reports | .1824 | .1547 |"
+FUNNEL = conversion.LOGS[1]
+_OF_ITEM = {"item": ["item_id", "advertiser", "category", "tags"]}
+ESMM_KINDS = (
+    Kind("ESMM"),
+    Kind("ESMM, RFM", {**_OF_ITEM, "masking": "rfm"}),
+    Kind("ESMM, CFM", {**_OF_ITEM, "masking": "cfm"}),
+    Kind(
+        "ESMM, CFM + embedding masking, no false negatives",
+        {**_OF_ITEM, "masking": "cfm", "embedding_masking": 0.1, "eliminate_false_negatives": True},
+    ),
+)
+ESMM_TRIED: tuple[Kind, ...] = ()
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder that holds ml-1m/ and gowalla/")
+    parser.add_argument("--work", type=Path, default=Path("build/bench/retrieval"), help="where examples are prepared")
+    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--choose", action="store_true", help="measure the settings tried, on validation rows alone")
+    parser.add_argument("--budget", default="2h", help="e.g. 90m or 2h")
+    parser.add_argument("--only", help="names of rows, separated by /")
+    parser.add_argument("--table", action="store_true", help="only print the tables")
+    options = parser.parse_args()
+    file = options.work / "quick.jsonl" if options.quick else RECORDS  # quick figures are no measurements
+    if not options.table:
+        jobs = _jobs(options)
+        if options.only:
+            jobs = [j for j in jobs if j.name.split(" | ")[1] in options.only.split("/")]
+        records.run_jobs(file, jobs, budget_seconds=records.seconds(options.budget))
+    for text in tables(file).values():
+        print(f"\n{text}")
+
+
+def _jobs(options: argparse.Namespace) -> list[records.Job]:
+    parts = [options.part] if options.part else list(PARTS)
+    if options.data is None and parts != ["esmm"]:
+        raise SystemExit("--data is needed: the folder that holds ml-1m/ and gowalla/")
+    if not PEER.exists() and parts != ["esmm"]:
+        print("implicit is left out: run `make peer` first", file=sys.stderr)
+    data, how = options.data or Path(), {"quick": options.quick, "choose": options.choose}
+    jobs: list[records.Job] = []
+    for part in parts:
+        match part:
+            case "ml-1m":
+                jobs += movielens_jobs(data / "ml-1m", options.work, **how)
+            case "gowalla":
+                jobs += gowalla_jobs(data / "gowalla", options.work, **how)
+            case _:
+                jobs += esmm_jobs(options.work, **how)
+    return jobs
+
+
+# --- logs and what is asked about them -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is learned from, and what is asked on validation and test rows."""
+
+    run: Run
+    fitted: FittedPipeline
+    files: tuple[Path, ...]
+    """Examples to learn from."""
+    positives: pl.DataFrame
+    """Raw user and item of each."""
+    valid: Ranking
+    test: Ranking
+
+    @property
+    def counts(self) -> Any:
+        """Training rows by the item's row in its table."""
+        return self.fitted.counts_of(self.run.item_feature)
+
+
+def log_of(asking: Run, learning: Run) -> Log:
+    """Both runs prepared: they may differ in the rows that are learned from, and then in their folder."""
+    fitted = prepare(learning, say=_quiet)
+    for partitions in (VALID, TEST):
+        write_ranking(asking, fitted, partitions, say=_quiet)
+    assert asking.retrieval is not None
+    pair = (asking.retrieval.user, asking.retrieval.item)
+    positives = pl.concat([good_rows(learning, p).select(pair) for p in ["split=train"]]).unique(maintain_order=True)
+    files = tuple(examples_of(learning, ["split=train"], fitted))
+    valid, test = (ranking_of(asking, fitted, p) for p in (VALID, TEST))
+    return Log(
+        learning, fitted, files, positives.collect().rename(dict(zip(pair, (USER, ITEM), strict=True))), valid, test
+    )
+
+
+def _quiet(_: str) -> None:
+    """Says nothing."""
+
+
+def new_items(items: pl.Series, seed: int) -> list[Any]:
+    """A tenth of the items, in order."""
+    known = items.unique().sort()
+    drawn = np.random.default_rng(seed).choice(len(known), round(COLD * len(known)), replace=False)
+    return known[np.sort(drawn)].to_list()
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+def figures(table: pl.DataFrame) -> dict[str, float | None]:
+    """Recall and NDCG at K by slice, None where it has no relevant items; the share of the items that anybody gets."""
+    found: dict[str, float | None] = {}
+    for row in table.filter(k=K).iter_rows(named=True):
+        found |= {f"{metric}_{row['slice']}": row[metric] for metric in ("recall", "ndcg")}
+        if row["slice"] == "all":
+            found["coverage"] = row["coverage"]
+    return found
+
+
+def ours(kind: Kind, log: Log, seed: int, *, choose: bool) -> dict[str, Any]:
+    """A trained model's figures."""
+    run = kind.of(log.run)
+    model, trained = _trained(run, log.fitted, log.files, log.valid, seed, kind.name, item_counts=log.counts)
+    assert isinstance(model, TwoTower)
+
+    def ranked(ranking: Ranking) -> dict[str, Any]:
+        with torch.no_grad():
+            return figures(rank_items(lambda s: (x for x, _ in trainer.passed(model, s, CPU)), model, ranking))
+
+    return told(ranked, log, choose=choose) | {"best_epoch": trained.best_epoch, "epochs": len(trained.history)}
+
+
+def told(ranked: Callable[[Ranking], dict[str, Any]], log: Log, *, choose: bool) -> dict[str, Any]:
+    """Figures of the validation rows, and of the test rows unless settings are chosen."""
+    held_out = {f"valid_{name}": value for name, value in ranked(log.valid).items()}
+    return held_out if choose else held_out | ranked(log.test)
+
+
+def _trained(
+    run: Run,
+    fitted: FittedPipeline,
+    files: tuple[Path, ...],
+    valid: Ranking | ExampleStream,
+    seed: int,
+    name: str,
+    **options: Any,
+) -> tuple[Any, trainer.Trained]:
+    schema, config = run.schema_of(fitted), run.train.model_copy(update={"seed": seed, "threads": 1})
+    fit = ExampleStream(files, schema, config.batch_size, shuffle=True, seed=seed, sampled=True)
+    corpus = corpus_of(run, fit, valid)
+    with tempfile.TemporaryDirectory() as scratch:
+        ticker = Ticker(f"{name} seed {seed}", interval_seconds=60)
+        trained = trainer.train(
+            run.model, schema, fit, valid, config, Path(scratch), corpus=corpus, on_step=ticker.on_step, **options
+        )
+    return load_model(run.model, schema, trained.weights, where=Path(name)), trained
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What a model of ids ranks by: inner products of vectors by raw id."""
+
+    users: pl.Series
+    """Ascending, as are the items."""
+    items: pl.Series
+    users_UD: Tensor
+    items_ID: Tensor
+
+    def figures(self, ranking: Ranking) -> dict[str, Any]:
+        """As for our models."""
+        asked = pl.read_parquet(ranking.folder / USERS, columns=[USER])[USER]
+        listed = pl.read_parquet(ranking.folder / ITEMS, columns=[ITEM])[ITEM]
+        queries_QD = self.users_UD[torch.from_numpy(places(self.users, asked))]
+        items_ID = self.items_ID[torch.from_numpy(places(self.items, listed))]
+        pairs = (ranking.pairs(SEEN), ranking.pairs(RELEVANT))
+        return figures(measure([queries_QD], items_ID, *pairs, ranking.slices(), ranking.cuts.k))
+
+
+def places(ascending: pl.Series, values: pl.Series) -> Any:
+    """Where values stand; all must be there."""
+    found = ascending.search_sorted(values).to_numpy().astype(np.int64)
+    assert bool((ascending.gather(found) == values).all()), "an id that is not known"
+    return found
+
+
+def ids_of(log: Log) -> tuple[pl.Series, pl.Series]:
+    """All users and items, ascending, of those that ask or have asked."""
+    asked = [pl.read_parquet(r.folder / USERS, columns=[USER])[USER] for r in (log.valid, log.test)]
+    users = pl.concat([log.positives[USER], *asked]).unique().sort()
+    return users, pl.read_parquet(log.test.folder / ITEMS, columns=[ITEM])[ITEM]
+
+
+def popularity(log: Log) -> Vectors:
+    """Items by their number of training rows, for everyone the same."""
+    users, items = ids_of(log)
+    counts_I = np.bincount(places(items, log.positives[ITEM]), minlength=len(items))
+    return Vectors(users, items, torch.ones(len(users), 1), torch.from_numpy(counts_I)[:, None].float())
+
+
+def peer(kind: Peer, log: Log, seed: int) -> Vectors:
+    """implicit's vectors, trained on the same pairs. Items without any come last."""
+    users, items = ids_of(log)
+    pairs_X2 = np.stack([places(users, log.positives[USER]), places(items, log.positives[ITEM])], 1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        np.save(folder / "pairs.npy", pairs_X2.astype(np.int32))
+        command = [PEER, "-m", "bench.implicit_peer", "--pairs", folder / "pairs.npy", "--out", folder]
+        command += ["--shape", f"{len(users)},{len(items)}", "--model", kind.model, "--seed", str(seed)]
+        command += ["--options", json.dumps(kind.options)]
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        subprocess.run([str(part) for part in command], cwd=ROOT, env=one_thread, check=True, stdout=subprocess.DEVNULL)
+        users_UD, items_ID = (torch.from_numpy(np.load(folder / f"{n}.npy")) for n in ("users", "items"))
+    return known_first(Vectors(users, items, users_UD, items_ID), pairs_X2[:, 1])
+
+
+def known_first(vectors: Vectors, learned_X: Any) -> Vectors:
+    """With one more dimension, which puts items that were never learned from behind all others."""
+    last_I = torch.full((len(vectors.items), 1), _LAST)
+    last_I[torch.from_numpy(np.unique(learned_X)).long()] = 0
+    ones_U1 = torch.ones(len(vectors.users), 1)
+    return Vectors(
+        vectors.users,
+        vectors.items,
+        torch.cat([vectors.users_UD, ones_U1], 1),
+        torch.cat([vectors.items_ID, last_I], 1),
+    )
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def movielens_jobs(data: Path, work: Path, *, quick: bool, choose: bool) -> list[records.Job]:
+    """MovieLens-1M, asked of models that know all items, then of models that have not learned from a tenth."""
+    run = _run("ml-1m-retrieval.toml", data, work / "ml-1m", MOVIELENS, quick=quick)
+    log = log_of(run, run)
+    everything = pl.concat([good_rows(run, p).select("movie_id") for p in (*VALID, *TEST, "split=train")])
+    movies = everything.unique().sort("movie_id").collect()["movie_id"]
+
+    @lru_cache(maxsize=1)
+    def without_new(seed: int) -> Log:
+        unseen = ", ".join(str(movie) for movie in new_items(movies, seed))
+        folder = work / f"ml-1m-new-{seed}"
+        learning = run.model_copy(
+            update={
+                "output": folder / "learned",
+                "data": run.data.model_copy(update={"where": f"{run.data.where} AND movie_id NOT IN ({unseen})"}),
+            }
+        )
+        return log_of(run.model_copy(update={"output": folder / "asked"}), learning)
+
+    common = {"bench": "retrieval", "rows": _rows(log), "quick": quick}
+    without = {**common, "new_items": COLD}
+    how = {"quick": quick, "choose": choose}
+    if choose:
+        tried = _jobs_of("ml-1m, tried", lambda _: log, run, MOVIELENS_TRIED, PEERS_TRIED, common, **how)
+        return tried + _jobs_of("new items, tried", without_new, run, NEW_TRIED, (), without, **how)
+    jobs = _jobs_of("ml-1m", lambda _: log, run, MOVIELENS_KINDS, MOVIELENS_PEERS, common, **how)
+    return jobs + _jobs_of("new items", without_new, run, NEW_KINDS, MOVIELENS_PEERS, without, **how)
+
+
+def gowalla_jobs(data: Path, work: Path, *, quick: bool, choose: bool) -> list[records.Job]:
+    """Ids alone, in LightGCN's split."""
+    run = _run("gowalla.toml", data / "*.txt", work / "gowalla", GOWALLA, quick=quick)
+    log = log_of(run, run)
+    common = {"bench": "retrieval", "rows": _rows(log), "quick": quick}
+    how = {"quick": quick, "choose": choose}
+    if choose:
+        return _jobs_of("gowalla, tried", lambda _: log, run, GOWALLA_TRIED, PEERS_TRIED, common, **how)
+    return _jobs_of("gowalla", lambda _: log, run, GOWALLA_KINDS, GOWALLA_PEERS, common, **how)
+
+
+def _run(file: str, data: Path, folder: Path, train: Mapping[str, Any], *, quick: bool) -> Run:
+    run = load_config(Run, RUNS / file, [f'data.path="{data}"', f'output="{folder}"'])
+    return Kind("", train=dict(train) | ({"epochs": 1} if quick else {})).of(run)
+
+
+def _rows(log: Log) -> str:
+    """What is learned from and asked, as a part of a record's key."""
+    return records.rows_hash(log.files[0].parent, log.valid.folder, log.test.folder)
+
+
+def _jobs_of(
+    part: str,
+    log_of_seed: Callable[[int], Log],
+    run: Run,
+    kinds: Sequence[Kind],
+    peers: Sequence[Peer],
+    common: Mapping[str, Any],
+    *,
+    quick: bool,
+    choose: bool = False,
+) -> list[records.Job]:
+    """A job for each model, the cheap ones first."""
+    seeds = 1 if quick or choose else SEEDS
+
+    def job(name: str, config: Mapping[str, Any], found: Callable[[Log, int], dict[str, Any]]) -> records.Job:
+        def measure(seed: int) -> Mapping[str, Any]:
+            return found(log_of_seed(seed), seed)
+
+        return records.Job(f"{part} | {name}", {**common, **config}, seeds, measure)
+
+    def of_peer(kind: Peer) -> records.Job:
+        config = {"peer": kind.model, "options": dict(kind.options)}
+        return job(kind.name, config, lambda log, seed: told(peer(kind, log, seed).figures, log, choose=choose))
+
+    def of_kind(kind: Kind) -> records.Job:
+        return job(kind.name, identity(kind.of(run)), lambda log, seed: ours(kind, log, seed, choose=choose))
+
+    popular = job(
+        "popularity", {"peer": "popularity"}, lambda log, _: told(popularity(log).figures, log, choose=choose)
+    )
+    jobs = [of_peer(kind) for kind in peers] if PEER.exists() else []
+    return [*([] if choose else [popular]), *jobs, *(of_kind(kind) for kind in kinds)]
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What of a run decides a result."""
+    ssl = None if run.ssl is None else run.ssl.model_dump(mode="json")
+    train = records.settings_of(run.train, "seed", "threads")
+    return {"model": run.model.model_dump(mode="json"), "train": train, "ssl": ssl}
+
+
+def esmm_jobs(work: Path, *, quick: bool, choose: bool) -> list[records.Job]:
+    """ESMM on the synthetic funnel of `bench.conversion`, its item side told apart in a second task."""
+    config = conversion.funnel_config(FUNNEL, quick=quick)
+    folder = work / ("esmm-quick" if quick else "esmm")
+    common = {"bench": "retrieval", **conversion.funnel_key(config), "quick": quick}
+
+    @lru_cache(maxsize=1)
+    def prepared(seed: int) -> tuple[Run, FittedPipeline, pl.DataFrame]:
+        return conversion.funnel_log(config, folder, seed)
+
+    def job(kind: Kind) -> records.Job:
+        def measure(seed: int) -> Mapping[str, Any]:
+            run, fitted, test = prepared(seed)
+            return conversions(kind.of(run), fitted, test, seed, kind.name, choose=choose)
+
+        part = "esmm, tried" if choose else "esmm"
+        key = {**common, **identity(kind.of(conversion.funnel_run(config, folder)))}
+        return records.Job(f"{part} | {kind.name}", key, 1 if quick or choose else SEEDS, measure)
+
+    return [job(kind) for kind in (ESMM_TRIED if choose else ESMM_KINDS)]
+
+
+def conversions(
+    run: Run, fitted: FittedPipeline, test: pl.DataFrame, seed: int, name: str, *, choose: bool
+) -> dict[str, Any]:
+    """AUC of the conversion if clicked on the validation day's clicks, and what `bench.conversion` measures."""
+    files = {role: tuple(examples_of(run, run.source.partitions(role), fitted)) for role in ("train", "valid")}
+    schema = run.schema_of(fitted)
+    valid = ExampleStream(files["valid"], schema, run.train.batch_size)
+    model, trained = _trained(run, fitted, files["train"], valid, seed, name)
+    found = {"valid_auc": trained.history[-1]["p_conversion_given_click.auc"]}
+    return found if choose else found | conversion.funnel_figures(conversion.Measured(model, schema), test)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+_BY_SLICE = {
+    "Recall@20": "recall_all",
+    "NDCG@20": "ndcg_all",
+    "Recall@20, head": "recall_head",
+    "torso": "recall_torso",
+    "tail": "recall_tail",
+}
+_OF_LOG = {**_BY_SLICE, "items shown to anybody": "coverage"}
+_OF_NEW = {
+    "Recall@20": "recall_all",
+    "NDCG@20": "ndcg_all",
+    "Recall@20, new": "recall_cold",
+    "NDCG@20, new": "ndcg_cold",
+}
+_OF_ESMM = {"pCVR AUC, clicked": "clicked_auc", "pCVR AUC, all": "entire_auc", "pCTCVR AUC, all": "ctcvr_auc"}
+
+
+def tables(file: Path = RECORDS) -> dict[str, str]:
+    """The README's tables, from the records; empty where there are none."""
+    movielens = ["popularity", *(k.name for k in (*MOVIELENS_PEERS, *MOVIELENS_KINDS))]
+    new = ["popularity", *(k.name for k in (*MOVIELENS_PEERS, *NEW_KINDS))]
+    gowalla = ["popularity", *(k.name for k in (*GOWALLA_PEERS, *GOWALLA_KINDS))]
+    esmm = [k.name for k in ESMM_KINDS]
+    published = f"{PUBLISHED}{' |' * (len(_OF_LOG) - 1)}"
+    of_gowalla = _table(file, "gowalla", gowalla, _OF_LOG)
+    return {
+        "ml-1m": _table(file, "ml-1m", movielens, _OF_LOG),
+        "ml-1m gains": _gains(file, "ml-1m", MOVIELENS_KINDS, _BY_SLICE),
+        "new items": _table(file, "new items", new, _OF_NEW),
+        "new items gains": _gains(file, "new items", NEW_KINDS, _OF_NEW),
+        "gowalla": of_gowalla and f"{of_gowalla}\n{published}",
+        "esmm": _table(file, "esmm", esmm, _OF_ESMM),
+        "esmm gains": _gains(file, "esmm", ESMM_KINDS, _OF_ESMM),
+    }
+
+
+def _table(file: Path, part: str, names: Sequence[str], columns: Mapping[str, str]) -> str:
+    rows = records.summary(file, [f"{part} | {name}" for name in names], list(columns.values()))
+    if not rows:
+        return ""
+    lines = [f"| {part} | {' | '.join(columns)} | seeds |", "|---" * (len(columns) + 2) + "|"]
+    for row in rows:
+        cells = [f"{row[f]:.4f}" + (f" ± {row[f'{f}_sd']:.4f}" if row["n"] > 1 else "") for f in columns.values()]
+        lines.append(f"| {row['name'].split(' | ')[1]} | {' | '.join(cells)} | {row['n']} |")
+    return "\n".join(lines)
+
+
+def _gains(file: Path, part: str, kinds: Sequence[Kind], columns: Mapping[str, str]) -> str:
+    """Differences to the first kind within a seed: mean, deviation, and in how many seeds it is a gain."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in records.read(file):
+        mine = found.setdefault(record["name"], {})
+        if any(r["config_hash"] != record["config_hash"] for r in mine.values()):
+            mine.clear()  # of an older configuration
+        mine[record["seed"]] = record
+    first, *others = (found.get(f"{part} | {kind.name}", {}) for kind in kinds)
+    lines = [f"| {part}, gain over {kinds[0].name} | {' | '.join(columns)} | seeds |"]
+    lines.append("|---" * (len(columns) + 2) + "|")
+    for kind, records_of in zip(kinds[1:], others, strict=True):
+        seeds = sorted(first.keys() & records_of.keys())
+        if len(seeds) < 2:
+            continue
+        cells: list[str] = []
+        for figure in columns.values():
+            x = np.array([records_of[seed][figure] - first[seed][figure] for seed in seeds])
+            cells.append(f"{x.mean():+.4f} ± {x.std(ddof=1):.4f} ({(x > 0).sum()})")
+        lines.append(f"| {kind.name} | {' | '.join(cells)} | {len(seeds)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+if __name__ == "__main__":
+    main()
