@@ -52,6 +52,9 @@ from recsys.retrieval import ITEM, ITEMS, RELEVANT, SEEN, USER, USERS, Ranking, 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "pipelines" / "runs"
 RECORDS = records.FOLDER / "retrieval.jsonl"
+TRIED = records.FOLDER / "retrieval_tried.jsonl"
+BRIEFLY = {"epochs": 4}
+"""How long a setting is tried."""
 PEER = ROOT / ".venv-peer" / "bin" / "python"
 SEEDS = 5
 K = 20
@@ -101,22 +104,27 @@ MOVIELENS_KINDS = (
 MOVIELENS_TRIED = (
     *(Kind(f"temperature {t:g}", model={"temperature": t}) for t in (0.07, 0.1, 0.2)),
     Kind("a hidden layer of 128 each", model={"query_hidden": [128], "item_hidden": [128]}),
-    Kind("table_l2 1e-4", train={"table_l2": 1e-4}),
+    Kind("no logQ", model={"log_q": False}),
+    *(
+        Kind(f"dot, table_l2 {l2:g}", model={"similarity": "dot", "temperature": 1.0}, train={"table_l2": l2})
+        for l2 in (1e-3, 1e-2)
+    ),
 )
 _PEER = {"factors": 64}
 MOVIELENS_PEERS = (Peer("implicit ALS", "als", {"factors": 64}), Peer("implicit BPR", "bpr", {"factors": 64}))
 PEERS_TRIED = (
     *(
         Peer(f"implicit ALS, regularization {r:g}, alpha {a:g}", "als", {**_PEER, "regularization": r, "alpha": a})
-        for r in (0.01, 1.0, 10.0)
-        for a in (1.0, 4.0, 16.0)
+        for r in (0.01, 1.0, 10.0, 30.0, 100.0)
+        for a in (1.0, 4.0, 8.0, 16.0)
     ),
     *(
         Peer(
-            f"implicit BPR, learning rate {r:g}, {n} iterations", "bpr", {**_PEER, "learning_rate": r, "iterations": n}
+            f"implicit BPR, learning rate {rate:g}, regularization {r:g}, {n} iterations",
+            "bpr",
+            {**_PEER, "learning_rate": rate, "regularization": r, "iterations": n},
         )
-        for r in (0.01, 0.05)
-        for n in (100, 300)
+        for rate, r, n in ((0.01, 0.01, 30), (0.01, 0.01, 100), (0.01, 0.01, 300), (0.05, 0.01, 100), (0.01, 0.1, 100))
     ),
 )
 _NO_ID = {"item": ["genres", "year", "title_words"]}
@@ -154,14 +162,17 @@ def main() -> None:
     parser.add_argument("--only", help="names of rows, separated by /")
     parser.add_argument("--table", action="store_true", help="only print the tables")
     options = parser.parse_args()
-    file = options.work / "quick.jsonl" if options.quick else RECORDS  # quick figures are no measurements
+    file = TRIED if options.choose else RECORDS
+    if options.quick:
+        file = options.work / "quick.jsonl"  # quick figures are no measurements
     if not options.table:
         jobs = _jobs(options)
         if options.only:
             jobs = [j for j in jobs if j.name.split(" | ")[1] in options.only.split("/")]
         records.run_jobs(file, jobs, budget_seconds=records.seconds(options.budget))
     for text in tables(file).values():
-        print(f"\n{text}")
+        if text:
+            print(f"\n{text}")
 
 
 def _jobs(options: argparse.Namespace) -> list[records.Job]:
@@ -358,7 +369,8 @@ def known_first(vectors: Vectors, learned_X: Any) -> Vectors:
 
 def movielens_jobs(data: Path, work: Path, *, quick: bool, choose: bool) -> list[records.Job]:
     """MovieLens-1M, asked of models that know all items, then of models that have not learned from a tenth."""
-    run = _run("ml-1m-retrieval.toml", data, work / "ml-1m", MOVIELENS, quick=quick)
+    settings = MOVIELENS | (BRIEFLY if choose else {})
+    run = _run("ml-1m-retrieval.toml", data, work / "ml-1m", settings, quick=quick)
     log = log_of(run, run)
     everything = pl.concat([good_rows(run, p).select("movie_id") for p in (*VALID, *TEST, "split=train")])
     movies = everything.unique().sort("movie_id").collect()["movie_id"]
@@ -387,7 +399,8 @@ def movielens_jobs(data: Path, work: Path, *, quick: bool, choose: bool) -> list
 
 def gowalla_jobs(data: Path, work: Path, *, quick: bool, choose: bool) -> list[records.Job]:
     """Ids alone, in LightGCN's split."""
-    run = _run("gowalla.toml", data / "*.txt", work / "gowalla", GOWALLA, quick=quick)
+    settings = GOWALLA | (BRIEFLY if choose else {})
+    run = _run("gowalla.toml", data / "*.txt", work / "gowalla", settings, quick=quick)
     log = log_of(run, run)
     common = {"bench": "retrieval", "rows": _rows(log), "quick": quick}
     how = {"quick": quick, "choose": choose}
