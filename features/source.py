@@ -225,6 +225,35 @@ class Source:
         named = (value.alias(carried(name)) for name, value in labels.items())
         return derived.with_columns(*named, pl.coalesce(faults).alias(REASON))
 
+    def days_before(self, day: date, days: int | None = None) -> list[str]:
+        """Names of the partitions of the log's days before `day`, in order: of the last so many days, or of all."""
+        time = self.data.time
+        if not self.data.split.by_day or time is None:
+            raise ConfigError("a log without data.time and a split by day has no days before; split it by day")
+        if all(time.column in _hive(f) for f in self._files):
+            names = {_hive(f)[time.column] for f in self._files}
+            found = {date.fromisoformat(name) for name in names if re.fullmatch(r"\d{4}-\d\d-\d\d", name)}
+        else:
+            with explained(f"{self.data.path}, data.time"):
+                frame = self._scan(self._files)
+                instant = self._day(frame)
+                assert instant is not None
+                rows = frame.select(day=instant).unique().drop_nulls().collect(engine="streaming")
+            found = set(rows["day"].to_list())
+        first = date.min if days is None else day - timedelta(days=days)
+        earlier = sorted(d for d in found if first <= d < day)
+        return [f"day={d}" for d in self.data.days(earlier[0], earlier[-1]) if d in found] if earlier else []
+
+    def item_columns(self, item: str) -> list[str]:
+        """What the tables whose key is `item` alone add to the log's columns."""
+        found: list[str] = []
+        for table in self.tables:
+            if table.on == (item,):
+                at = () if table.as_of is None else (table.as_of.column,)
+                names = table.columns or _scan(table, _expand(table)).collect_schema().names()
+                found += [table.prefix + c for c in names if c not in (*table.on, *at)]
+        return found
+
     def items(self, files: Files) -> pl.LazyFrame:
         """Every row of a table of items, with the columns of those of the tables whose key it has.
 

@@ -219,6 +219,44 @@ def score(run: "Run", partition: str | None, overwrite: bool, if_missing: bool, 
 
 
 @verb
+@overwrite_option
+@click.option(
+    "--model", default="champion", show_default=True, help="An alias, a version number, or a bundle's folder."
+)
+@click.option("--if-missing", is_flag=True, help="Leave an index of that very model and corpus as it is.")
+def index(run: "Run", overwrite: bool, if_missing: bool, model: str) -> None:
+    """Index the corpus by a two-tower model, for `recommend` to look items up in."""
+    from base.errors import ConfigError
+    from pipelines.index import index
+
+    if overwrite and if_missing:
+        raise ConfigError("--overwrite and --if-missing contradict each other: pass one of them")
+    index(run, model=model, overwrite=overwrite, if_missing=if_missing)
+
+
+@verb
+@partition_option
+@overwrite_option
+@click.option(
+    "--model", default="champion", show_default=True, help="An alias, a version number, or a bundle's folder."
+)
+@click.option("--if-missing", is_flag=True, help="Leave a partition that is published already as it is.")
+def recommend(run: "Run", partition: str | None, overwrite: bool, if_missing: bool, model: str) -> None:
+    """Publish the top items for every user of the partition, what they have seen removed."""
+    from base.errors import ConfigError
+    from pipelines.progress import Ticker
+    from pipelines.recommend import recommend
+
+    if overwrite and if_missing:
+        raise ConfigError("--overwrite and --if-missing contradict each other: pass one of them")
+    ticker = Ticker("recommend", rows="users")
+    recommend(
+        run, partition=partition, model=model, overwrite=overwrite, if_missing=if_missing, on_users=ticker.on_rows
+    )
+    ticker.close()
+
+
+@verb
 @day_option
 @full_option
 @partition_option
@@ -253,23 +291,37 @@ def clean(run: "Run", keep: int) -> None:
 
 
 @main.command()
+@click.option(
+    "--kind",
+    type=click.Choice(["clicks", "retrieval"]),
+    default="clicks",
+    show_default=True,
+    help="Impressions with features, or a catalogue of items and who was shown which.",
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the day=... partitions.")
 @click.option("--days", required=True, help="2026-03-01 or 2026-03-01..2026-03-07")
 @click.option("--rows", default=100_000, show_default=True, help="Impressions per day.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--users", type=int, help="Before the first day.  [default: 150000; retrieval: 20000]")
+@click.option("--items", type=int, help="Before the first day.  [default: 20000]")
 @click.option("--click-rate", type=float, help="Mean click probability.  [default: 0.2]")
-@click.option("--conversion-rate", type=float, help="Add conversions: their mean probability, if clicked.")
-@click.option("--taste", type=float, help="Weight of a hidden affinity of user and item in clicks and conversions.")
-@click.option("--confounding", type=float, help="Weight of a hidden cause of both that nothing can teach.")
-@click.option("--drift", type=float, help="Share of taste that a day forgets; ids fade, too.  [default: 0]")
-@click.option("--delay-days", "conversion_delay_days", type=float, help="Mean delay of the conversions.")
-@click.option("--observed-until", metavar="DAY", help="The last day whose conversions are in the log.")
+@click.option("--themes", type=int, help="retrieval: what items belong to, and users like.  [default: 400]")
+@click.option("--conversion-rate", type=float, help="clicks: add conversions; their mean probability, if clicked.")
+@click.option("--taste", type=float, help="clicks: weight of a hidden affinity of user and item in both.")
+@click.option("--confounding", type=float, help="clicks: weight of a hidden cause of both that nothing can teach.")
+@click.option("--drift", type=float, help="clicks: share of taste that a day forgets; ids fade, too.  [default: 0]")
+@click.option("--delay-days", "conversion_delay_days", type=float, help="clicks: mean delay of the conversions.")
+@click.option("--observed-until", metavar="DAY", help="clicks: the last day whose conversions are in the log.")
 @overwrite_option
-def generate(out: Path, days: str, rows: int, seed: int, overwrite: bool, **dials: Any) -> None:
-    """Write days of the synthetic log, whose click (and conversion) probabilities are known."""
+def generate(kind: str, out: Path, days: str, rows: int, seed: int, overwrite: bool, **dials: Any) -> None:
+    """Write days of a synthetic log, whose click (and conversion) probabilities are known.
+
+    For retrieval, the items lie beside the days, in items/part-*.parquet.
+    """
     with _reported():
         from base.config import parse_config
         from base.errors import ConfigError
+        from features.readers.catalogue import CatalogueConfig
         from features.readers.synthetic import SyntheticConfig
         from features.split import days_of
         from pipelines.generate import generate
@@ -279,7 +331,8 @@ def generate(out: Path, days: str, rows: int, seed: int, overwrite: bool, **dial
         except ValueError as error:
             raise ConfigError(f"--days {error}") from None
         given = {name: value for name, value in dials.items() if value is not None}
-        config = parse_config(SyntheticConfig, {"rows_per_day": rows, "seed": seed, **given}, source="generate")
+        kind_of_log = CatalogueConfig if kind == "retrieval" else SyntheticConfig
+        config = parse_config(kind_of_log, {"rows_per_day": rows, "seed": seed, **given}, source=f"generate {kind}")
         generate(config, wanted, out, overwrite=overwrite)
 
 

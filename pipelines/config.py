@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
 from base.config import Config
 from base.errors import ConfigError
@@ -18,7 +18,7 @@ from recsys.contrast.config import SelfSupervision
 from recsys.contrast.corpus import require_item
 from recsys.contrast.task import require_trainable
 from recsys.device import DeviceName
-from recsys.gate import Gates
+from recsys.gate import Gates, RetrievalGates
 from recsys.models import ModelConfig
 from recsys.models.funnel import FunnelConfig, require_funnel
 from recsys.models.two_tower import TwoTowerConfig
@@ -26,6 +26,7 @@ from recsys.retrieval import Cuts
 from recsys.sparsity.config import Sparsity
 from recsys.trainer import TrainConfig
 from serving.drift import Checks
+from serving.index import ExactConfig, IndexConfig
 
 
 class EntireSpace(Config):
@@ -101,6 +102,44 @@ class Retrieval(Cuts):
         return Cuts(k=self.k, head=self.head, torso=self.torso)
 
 
+class SecondStage(Config):
+    """Another run's model, which puts the candidates in order."""
+
+    config: Path
+    """Its run file, relative to the working directory."""
+    model: str = "champion"
+    """An alias, a version number, or a bundle's folder."""
+    by: str | None = None
+    """The output to order by; by default its first."""
+
+
+class Recommend(Config):
+    """How many items a user is given, and what they have seen of them."""
+
+    k: PositiveInt = 20
+    candidates: PositiveInt | None = None
+    """How many the ranking chooses from; by default 10 × k, or the whole corpus if it is smaller."""
+    seen_days: PositiveInt | None = None
+    """In a log split by day, positive rows of so many days before are what a user has seen; by default of all."""
+    ranking: SecondStage | None = None
+    """Without one, the items are in the order of their similarity."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.candidates is not None and self.ranking is None:
+            raise ConfigError("recommend.candidates are what recommend.ranking chooses from; name one, or leave it out")
+        if self.candidates is not None and self.candidates < self.k:
+            raise ConfigError(f"recommend.candidates = {self.candidates}: fewer than recommend.k = {self.k}")
+        return self
+
+    def depth(self, items: int) -> int:
+        """How many items are looked up for a user. Raises ConfigError where a corpus of so many has fewer."""
+        for name, number in (("k", self.k), ("candidates", self.candidates or 0)):
+            if number > items:
+                raise ConfigError(f"recommend.{name} = {number}: the corpus has {items} items; ask for fewer")
+        return self.k if self.ranking is None else self.candidates or min(10 * self.k, items)
+
+
 class Registry(Config):
     """Where MLflow is."""
 
@@ -124,6 +163,8 @@ class Run(FeatureRun):
     ssl: SelfSupervision | None = None
     """A self-supervised task over the items beside the main one."""
     retrieval: Retrieval | None = None
+    index: IndexConfig = ExactConfig()
+    recommend: Recommend = Recommend()
     sampling: Sampling = Sampling()
     calibrate: Calibration | None = None
     device: DeviceName = "auto"
@@ -168,9 +209,17 @@ class Run(FeatureRun):
     def _retrieval_fits(self) -> Self:
         of_ranking = self.train.monitor in ("recall", "ndcg")
         if not isinstance(self.model, TwoTowerConfig):
-            if self.retrieval is not None or of_ranking:
-                what = "retrieval" if self.retrieval else f'train.monitor = "{self.train.monitor}"'
+            of_gate = self.gate.retrieval != RetrievalGates()
+            if self.retrieval is not None or of_ranking or of_gate:
+                what = f'train.monitor = "{self.train.monitor}"' if of_ranking else "gate.retrieval"
+                what = "retrieval" if self.retrieval else what
                 raise ConfigError(f'{what} is of two-tower models; model.name is "{self.model.name}"')
+            for what, is_given in (
+                ("index", self.index != ExactConfig()),
+                ("recommend", self.recommend != Recommend()),
+            ):
+                if is_given:
+                    raise ConfigError(f'{what} is of two-tower models; model.name is "{self.model.name}"')
             return self
         if self.retrieval is None:
             raise ConfigError('model.name = "two_tower" needs [retrieval]: user = "…", item = "…"')
@@ -182,6 +231,7 @@ class Run(FeatureRun):
             "sampling.negative_rate": self.sampling != Sampling(),
             "calibrate": self.calibrate is not None,
             "evaluate": self.evaluate != Evaluation(),
+            "gate.outputs": bool(self.gate.outputs),
         }
         if given := [name for name, is_given in unfit.items() if is_given]:
             raise ConfigError(f"{given[0]} speaks of probabilities, and a two-tower model gives none; leave it out")
@@ -245,13 +295,21 @@ class Run(FeatureRun):
     def bundle_path(self) -> Path:
         return self.folder / "bundle" if self.day is None else self.folder / "bundles" / f"day={self.day}"
 
+    @property
+    def index_path(self) -> Path:
+        return self.folder / "index"
+
+    def recommendations_path(self, partition: str) -> Path:
+        return self.output / "recommendations" / partition
+
     def evaluation_path(self, partition: str) -> Path:
         return self.folder / "evaluation" / partition
 
-    def ranking_path(self, partitions: Sequence[str]) -> Path:
-        """What a retrieval model is asked about partitions."""
+    def ranking_path(self, partitions: Sequence[str], *, of_champion: bool = False) -> Path:
+        """What a retrieval model, or the champion beside it, is asked about partitions."""
         ends = dict.fromkeys((partitions[0], partitions[-1]))
-        return self.output / "rankings" / (self.name or self.model.name) / "..".join(ends)
+        name = f"{self.folder.name}-champion" if of_champion else self.folder.name
+        return self.output / "rankings" / name / "..".join(ends)
 
     def gate_path(self, partition: str) -> Path:
         """Of the last verdict on a version of this model."""

@@ -1,22 +1,23 @@
 """evaluate: raw held-out rows through a bundle; every metric, whole and by slice."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from base.storage import publish, resolve, version_name
 from features.schema import Output
 from pipelines.config import Run
 from pipelines.measure import check_outputs, held_out, measure, scored_table
-from pipelines.rankings import ranking_of, write_ranking
+from pipelines.rankings import ask
 from pipelines.tracking import registry_of
 from recsys import metrics
 from recsys.bundle import Bundle
 from recsys.device import pick_device
 from recsys.models.two_tower import TwoTower
-from recsys.retrieval import Ranking, rank_items
+from recsys.retrieval import Ranked, Ranking, rank_users
 from recsys.trainer import passed
 
 
@@ -24,9 +25,12 @@ def evaluate(run: Run, *, partition: str | None = None) -> pl.DataFrame:
     """Measure the run's bundle on held-out raw rows; publish the scored table and the metrics, log them to MLflow."""
     check_outputs(run)
     bundle = Bundle.load(run.bundle_path).to(pick_device(run.device))
-    if run.retrieval is not None:
-        return record_ranking(run, bundle, held_out(run, partition), partition or "test")
-    return record(run, bundle, scored_table(run, bundle, held_out(run, partition)), partition or "test")
+    partition = partition or (f"day={run.day}" if run.day else None)
+    partitions = held_out(run, partition)
+    if run.retrieval is None:
+        return record(run, bundle, scored_table(run, bundle, partitions), partition or "test")
+    (ranking,) = ask(run, bundle, None, partitions)
+    return record_ranking(run, bundle, ranking, rank_with(bundle, ranking), partition or "test")
 
 
 def record(run: Run, bundle: Bundle, scored: pl.DataFrame, name: str) -> pl.DataFrame:
@@ -47,11 +51,8 @@ def record(run: Run, bundle: Bundle, scored: pl.DataFrame, name: str) -> pl.Data
     return table
 
 
-def record_ranking(run: Run, bundle: Bundle, partitions: Sequence[str], name: str) -> pl.DataFrame:
-    """The same of a retrieval model: full ranking for the users of `partitions`."""
-    write_ranking(run, bundle.features, partitions, overwrite=True, say=lambda _: None)
-    ranking = ranking_of(run, bundle.features, partitions)
-    table = rank_with(bundle, ranking)
+def record_ranking(run: Run, bundle: Bundle, ranking: Ranking, table: pl.DataFrame, name: str) -> pl.DataFrame:
+    """The same of a retrieval model: what full ranking has found."""
     with publish(run.evaluation_path(name), "evaluation", overwrite=True, keep=3) as staging:
         table.write_parquet(staging / "metrics.parquet")
         staging.about.update(bundle=bundle.version, partition=name, ranking=version_name(ranking.folder))
@@ -68,9 +69,14 @@ def record_ranking(run: Run, bundle: Bundle, partitions: Sequence[str], name: st
 
 def rank_with(bundle: Bundle, ranking: Ranking) -> pl.DataFrame:
     """The metrics of a bundle's model, as `recsys.retrieval.rank_items` gives them."""
+    return rank_each(bundle, ranking, ranking.slices()).table
+
+
+def rank_each(bundle: Bundle, ranking: Ranking, slices_I: NDArray[np.int64]) -> Ranked:
+    """The same, and the recall of each user, the items sliced as `slices_I` says."""
     assert isinstance(bundle.model, TwoTower)
     bundle.model.eval()
-    return rank_items(lambda s: (x for x, _ in passed(bundle.model, s, bundle.device)), bundle.model, ranking)
+    return rank_users(lambda s: (x for x, _ in passed(bundle.model, s, bundle.device)), bundle.model, ranking, slices_I)
 
 
 def _named(output: Output, space: str) -> list[str]:

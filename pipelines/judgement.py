@@ -43,7 +43,7 @@ class Judgement(Config):
 def publish_judgement(
     judgement: Judgement, target: Path, outputs: Sequence[str], scored: pl.DataFrame, reference: pl.DataFrame | None
 ) -> Path:
-    """Publish a verdict with the pictures of both scored tables; returns the folder of this version."""
+    """Publish a verdict with the pictures of both scored tables, of the columns `outputs`; returns this version."""
     with publish(target, KIND, overwrite=True, keep=3) as staging:
         (staging / "verdict.json").write_text(judgement.model_dump_json(indent=2), encoding="utf-8")
         _table(judgement.evidence.comparisons).write_parquet(staging / "comparisons.parquet")
@@ -87,24 +87,25 @@ def _lag(target: Path) -> list[page.Html]:
             continue
         ages = [_age(day[0], origin["trained_to"]) for origin in (candidate, champion)]
         for c in (Comparison(**c) for c in record["evidence"]["comparisons"] if None not in c.values()):
-            if (c.metric, c.slice) == ("auc", "all"):
+            if c.slice == "all" and c.metric.startswith(("auc", "recall@")):
                 figures = [page.number(v, ".4f") for v in (c.candidate, c.champion, c.difference, c.lower, c.upper)]
-                rows.append([day[0], c.output, *(str(a) for a in ages), *figures])
+                rows.append([day[0], c.output, title(c.metric), *(str(a) for a in ages), *figures])
     if not rows:
         return []
     head = [
         "day",
         "output",
+        "metric",
         "candidate's age",
         "champion's age",
-        "candidate's AUC",
-        "champion's AUC",
+        "candidate's",
+        "champion's",
         "gain",
         "from",
         "to",
     ]
     text = "Models of different age on the same rows of a day; the age is how many days before it a model last learned."
-    return [page.tag("h3", "What the lag costs"), page.tag("p", text), page.table(head, rows[-DAYS:], left=2)]
+    return [page.tag("h3", "What the lag costs"), page.tag("p", text), page.table(head, rows[-DAYS:], left=3)]
 
 
 def _age(partition: str, trained_to: str) -> int:

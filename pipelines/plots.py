@@ -139,11 +139,16 @@ def epochs(name: str, quantity: str, lines: Mapping[str, Curve], best: int) -> P
     return _plot(name, f"{quantity} by epoch", 2.9, draw)
 
 
-def loss_curve(name: str, curve: Curve) -> Plot:
-    """The training loss alone."""
+def loss_curve(name: str, curve: Curve, beside: Curve = ()) -> Plot:
+    """The training loss, and `beside` it the self-supervised part of it, by epoch."""
 
     def draw(figure: Figure, axes: Axes) -> None:
-        axes.plot([p[0] for p in curve], [p[1] for p in curve], color=MUTED)
+        axes.plot([p[0] for p in curve], [p[1] for p in curve], color=MUTED, label="training")
+        if beside:
+            axes.plot([p[0] for p in beside], [p[1] for p in beside], marker="o", markersize=4.5, color=MODEL,
+                      label="self-supervised, mean of the epoch")  # fmt: skip
+            _legend_above(figure, axes)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("epoch")
         axes.set_ylabel("training loss")
 
@@ -327,6 +332,39 @@ def bars(name: str, labels: Sequence[str], values: Sequence[float], quantity: st
         axes.set_xlabel(quantity)
 
     return _plot(name, f"{quantity} by line", 0.85 + 0.24 * len(labels), draw)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is left after a stage of a funnel."""
+
+    label: str
+    items: int
+    recall: float
+
+
+def stages(name: str, before: Sequence[Stage], last: Sequence[Stage]) -> Plot:
+    """A funnel: recall after each stage as a bar about the middle; the ways to make the last one stand below it."""
+    lines = [*before, *last]
+    places = np.arange(len(lines))
+
+    def draw(_: Figure, axes: Axes) -> None:
+        for place, stage in enumerate(lines):
+            colour = MODEL if place < len(before) or place == len(lines) - 1 else MUTED
+            axes.barh(place, stage.recall, left=-stage.recall / 2, height=0.56, color=colour, alpha=0.8)
+            axes.text(0, place - 0.31, f"{stage.label}: {stage.items:,} items", ha="center", va="bottom", fontsize=9)
+            inside = stage.recall > 0.16
+            axes.text(0 if inside else stage.recall / 2 + 0.015, place, f"{stage.recall:.1%}", va="center",
+                      ha="center" if inside else "left", fontsize=9, color=PAPER if inside else INK)  # fmt: skip
+        for place in range(len(before)):  # the last ways all begin at the end of the stages before
+            above, below = before[place].recall / 2, lines[place + 1].recall / 2
+            for side in (-1, 1):
+                axes.plot([side * above, side * below], [place + 0.28, place + 0.72], color=LINE, linewidth=1.2)
+        axes.set_ylim(len(lines) - 0.55, -0.75)
+        axes.set_xlim(-0.52, 0.52)
+        axes.set_axis_off()
+
+    return _plot(name, "Recall after each stage", 0.3 + 0.62 * len(places), draw)
 
 
 def _lines(axes: Axes, labels: Sequence[str]) -> None:

@@ -9,8 +9,8 @@ from recsys.trainer import Progress
 class Ticker:
     """Prints at most one line per interval."""
 
-    def __init__(self, what: str, *, interval_seconds: float | None = None) -> None:
-        self.what = what
+    def __init__(self, what: str, *, rows: str = "rows", interval_seconds: float | None = None) -> None:
+        self.what, self.rows = what, rows
         self.live = sys.stderr.isatty()
         self.interval = interval_seconds if interval_seconds is not None else (0.2 if self.live else 10.0)
         self.last = time.perf_counter()
@@ -28,7 +28,9 @@ class Ticker:
         """Some rows more."""
         if self._due(done == total):
             rate = done / max(time.perf_counter() - self.started, 1e-9)
-            self._print(f"{done:,}/{total:,} rows  {rate:,.0f} rows/s  ETA {_clock((total - done) / rate)}")
+            self._print(
+                f"{done:,}/{total:,} {self.rows}  {rate:,.0f} {self.rows}/s  ETA {_clock((total - done) / rate)}"
+            )
 
     def close(self) -> None:
         """End the live line."""

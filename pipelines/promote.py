@@ -1,7 +1,8 @@
 """promote: challenger against champion on the same raw rows; the alias moves only if the gate says so."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import mlflow
 import polars as pl
@@ -9,16 +10,20 @@ import polars as pl
 from base.errors import ConfigError, DataError, RegistryError, Superseded
 from base.storage import read_manifest, resolve
 from pipelines.config import Run
-from pipelines.evaluate import record
+from pipelines.evaluate import rank_each, record, record_ranking
 from pipelines.judgement import Judgement, publish_judgement
 from pipelines.line import follow
 from pipelines.measure import check_outputs, held_out, scored_table
+from pipelines.rankings import ask
 from pipelines.tracking import registry_of
 from recsys.bundle import Bundle
 from recsys.device import pick_device
-from recsys.gate import Reason, Verdict, judge, seen, superseded
+from recsys.gate import Evidence, Reason, Verdict, judge, seen, superseded
+from recsys.models.two_tower import TwoTower
 from recsys.paired import compare
+from recsys.paired_recall import compare_recall
 from recsys.registry import CHALLENGER, ModelRegistry, Registered
+from recsys.retrieval import recall_by_chance, recall_by_popularity
 
 _TAGS = {"promoted": "passed", "refused": "refused", "held": "held"}
 
@@ -26,16 +31,12 @@ _TAGS = {"promoted": "passed", "refused": "refused", "held": "held"}
 def promote(run: Run, *, version: str | None = None, partition: str | None = None, approve: bool = False) -> Verdict:
     """Judge a version (by default the day's, or else the challenger), publish the verdict, promote it if it passes.
 
-    Each model computes its own features from the raw rows. `approve` promotes a version that is held, not one that is
-    refused. Run again, it comes to the same verdict, and judging the champion changes nothing: the alias moves last.
+    Each model computes its own features from the raw rows; retrieval models are judged by full ranking. `approve`
+    promotes a version that is held, not one that is refused. Run again, it comes to the same verdict, and judging the
+    champion changes nothing: the alias moves last.
     Raises RegistryError if another version has become champion meanwhile, Superseded if the champion has learned from
     later days than the candidate, DataError if either has learned from the day.
     """
-    if run.retrieval is not None:
-        raise ConfigError(
-            f"promote: the gate compares probabilities, and {run.model.name} gives none; measure it by `recsys "
-            "evaluate`, and set the alias in MLflow"
-        )
     check_outputs(run)
     registry = registry_of(run)
     candidate = _candidate(run, registry, version)
@@ -51,18 +52,8 @@ def promote(run: Run, *, version: str | None = None, partition: str | None = Non
         return _said("refused", "refuse", said)
     reference = registry.bundle_of(champion) if champion else None
     _require_unseen(partitions, bundle, reference)
-    scored = _scored(run, bundle, partitions)
-    reference_scored = _scored(run, reference, partitions) if reference else None
-    evidence = compare(
-        scored,
-        reference_scored,
-        bundle.outputs,
-        run.gate,
-        champion_outputs=reference.outputs if reference else (),
-        by=run.evaluate.slices,
-        user=run.evaluate.user,
-    )
-    found = judge(evidence, run.gate)
+    measured = (_by_scores if run.retrieval is None else _by_recall)(run, bundle, reference, partitions)
+    found = judge(measured.evidence, run.gate)
     verdict = found.approved() if approve else found
     judgement = Judgement(
         bundle=bundle.version,
@@ -73,13 +64,14 @@ def promote(run: Run, *, version: str | None = None, partition: str | None = Non
         partitions=tuple(partitions),
         approved=verdict != found,
         verdict=verdict,
-        evidence=evidence,
+        evidence=measured.evidence,
         gates=run.gate,
     )
-    outputs = [o.name for o in bundle.outputs]
-    folder = publish_judgement(judgement, run.gate_path(partition or "test"), outputs, scored, reference_scored)
+    outputs = [o.name for o in bundle.outputs if o.name in measured.scored.columns]
+    target = run.gate_path(partition or "test")
+    folder = publish_judgement(judgement, target, outputs, measured.scored, measured.reference)
     if run.day:
-        record(run, bundle, scored, f"day={run.day}")
+        measured.record(f"day={run.day}")
     with registry.run(candidate.run_id):
         mlflow.log_artifacts(str(folder), f"gate/version-{candidate.version}")
     decision = "approved" if judgement.approved else _TAGS[verdict.decision]
@@ -116,11 +108,12 @@ def _require_unseen(partitions: Sequence[str], candidate: Bundle, champion: Bund
     same_day = theirs is not None and ours.trained_to == theirs.trained_to
     if same_day and ours.line and theirs and theirs.line and ours.line < theirs.line:
         raise Superseded(f"the champion was trained anew on {theirs.line}, the candidate goes back to {ours.line}")
+    beside = "measured" if isinstance(candidate.model, TwoTower) else "calibrated"
     origins = {"candidate": candidate.origin} | ({"champion": champion.origin} if champion else {})
     days = [(partition, partition.removeprefix("day=")) for partition in partitions if partition.startswith("day=")]
     for name, origin in origins.items():
         for partition, day in days:
-            for how, last in (("trained", origin.trained_to), ("calibrated", origin.calibrated_on)):
+            for how, last in (("trained", origin.trained_to), (beside, origin.calibrated_on)):
                 if seen(last, day):
                     raise DataError(
                         f"{partition}: the {name} has been {how} on days to {last}, which would flatter it; judge on a "
@@ -132,5 +125,63 @@ def _said(decision: Literal["promoted", "refused"], ruling: Literal["pass", "ref
     return Verdict(decision=decision, reasons=(Reason(ruling=ruling, text=text),))
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What was found of candidate and champion on the same raw rows."""
+
+    evidence: Evidence
+    record: Callable[[str], Any]
+    """Publishes what was measured of the candidate as the evaluation of this name."""
+    scored: pl.DataFrame
+    """Of the candidate; empty for a retrieval model."""
+    reference: pl.DataFrame | None
+    """Of the champion."""
+
+
+def _by_scores(run: Run, bundle: Bundle, reference: Bundle | None, partitions: Sequence[str]) -> _Measured:
+    scored = _scored(run, bundle, partitions)
+    reference_scored = _scored(run, reference, partitions) if reference else None
+    evidence = compare(
+        scored,
+        reference_scored,
+        bundle.outputs,
+        run.gate,
+        champion_outputs=reference.outputs if reference else (),
+        by=run.evaluate.slices,
+        user=run.evaluate.user,
+    )
+    return _Measured(evidence, lambda name: record(run, bundle, scored, name), scored, reference_scored)
+
+
 def _scored(run: Run, bundle: Bundle, partitions: Sequence[str]) -> pl.DataFrame:
     return scored_table(run, bundle.to(pick_device(run.device)), partitions)
+
+
+def _by_recall(run: Run, bundle: Bundle, reference: Bundle | None, partitions: Sequence[str]) -> _Measured:
+    """Both rank the same raw items for the same users, each by its own features.
+
+    Slices are by the training rows that the candidate's features have counted: what it takes for cold it must find as
+    well as the champion, which may know it.
+    """
+    if not isinstance(bundle.model, TwoTower):
+        raise ConfigError(
+            f"promote: the version is of model {bundle.model_config.name!r}, which ranks no items; give each kind of "
+            "model an mlflow.model of its own"
+        )
+    comparable = reference if reference is not None and isinstance(reference.model, TwoTower) else None
+    asked = ask(run, bundle, comparable, partitions, may_be_empty=True)
+    slices_I = asked[0].slices()
+    both = [bundle] if comparable is None else [bundle, comparable]
+    ranked = [rank_each(b.to(pick_device(run.device)), r, slices_I) for b, r in zip(both, asked, strict=True)]
+    recalls = [found.recall_QS for found in ranked]
+    floor = run.gate.retrieval.min_recall
+    if isinstance(floor, str):
+        floor = {"chance": recall_by_chance, "popularity": recall_by_popularity}[floor](asked[0])
+    champion_US = recalls[1] if comparable is not None else None
+    evidence = compare_recall(recalls[0], champion_US, run.gate, k=asked[0].cuts.k[0], at_least=floor)
+    if reference is not comparable and reference is not None:
+        text = f"the champion is of model {reference.model_config.name!r}, which ranks no items"
+        reason = Reason(ruling="refuse", text=f"{text}; give this model an mlflow.model of its own")
+        evidence = evidence.model_copy(update={"champion": True, "reasons": (*evidence.reasons, reason)})
+    table = ranked[0].table
+    return _Measured(evidence, lambda name: record_ranking(run, bundle, asked[0], table, name), pl.DataFrame(), None)

@@ -23,12 +23,23 @@ from base.storage import dump_json, is_published, publish, read_manifest, resolv
 from features.schema import Output
 from features.source import REASON
 from features.transforms import UNKNOWN
-from pipelines import drift_page, judgement, page, plots, ranking_page, sparse_page, tasks_page
+from pipelines import (
+    drift_page,
+    items_page,
+    judgement,
+    page,
+    plots,
+    ranking_page,
+    sparse_page,
+    stages_page,
+    tasks_page,
+)
 from pipelines.config import Run
 from pipelines.evaluate import evaluation_of
 from pipelines.line import Line
 from pipelines.measure import held_out, questions, truth_of
 from pipelines.plots import Plot
+from pipelines.rankings import ranking_of, write_ranking
 from pipelines.tracking import registry_of
 from recsys import metrics
 from recsys.bundle import Bundle
@@ -40,6 +51,11 @@ SAMPLE_ROWS = 20_000
 
 LEVELS = 12
 """Values drawn on each axis of a pair of columns."""
+
+_SELF = (
+    "The training loss is the main one and alpha times the self-supervised one, in which an item's one view is to find "
+    "its other among a batch's."
+)
 
 _METRICS = {
     "auc": ("AUC", ".4f", "positives ranked above negatives; 0.5 is guessing, 1 is perfect"),
@@ -195,7 +211,7 @@ def _how_it_learned(facts: _Facts, drawn: list[Plot]) -> page.Html:
     figures: list[page.Html] = []
     if facts.run.retrieval is not None:
         figures = ranking_page.learning(history, best, facts.run.retrieval.k[0], drawn)
-        figures.append(page.figure(drawn, plots.loss_curve("epochs-loss", curve), "Training loss"))
+    self_loss = [(e["epoch"], e["self_loss"]) for e in history if "self_loss" in e]
     for output in outputs if facts.run.retrieval is None else ():
         loss, auc = (
             [(e["epoch"], e.get(f"{output.name}.{m}", math.nan)) for e in history] for m in ("log_loss", "auc")
@@ -208,8 +224,9 @@ def _how_it_learned(facts: _Facts, drawn: list[Plot]) -> page.Html:
             page.figure(drawn, losses, f"Log loss, {output.name}"),
             page.figure(drawn, ranks, f"AUC, {output.name}"),
         ]
-    if len(outputs) > 1:
-        figures.append(page.figure(drawn, plots.loss_curve("epochs-loss", curve), "Training loss"))
+    if len(outputs) > 1 or facts.run.retrieval is not None or self_loss:
+        caption = _SELF if self_loss else ""
+        figures.append(page.figure(drawn, plots.loss_curve("epochs-loss", curve, self_loss), "Training loss", caption))
     chosen = (
         f"The weights kept are those of epoch {best} of {len(history)}, the best on the validation rows. "
         "Where the training loss falls on and validation gets worse, the model learns rows by heart."
@@ -224,10 +241,20 @@ def _how_it_learned(facts: _Facts, drawn: list[Plot]) -> page.Html:
 
 def _qualities(facts: _Facts, drawn: list[Plot]) -> Iterator[page.Html]:
     if facts.run.retrieval is not None:
-        yield ranking_page.section(facts.table, facts.run.retrieval)
+        yield ranking_page.section(facts.table, facts.run.retrieval, drawn)
+        yield from _items_and_stages(facts, drawn)
         return
     for output in questions(facts.run, facts.bundle.outputs):
         yield _quality(facts, output, drawn)
+
+
+def _items_and_stages(facts: _Facts, drawn: list[Plot]) -> Iterator[page.Html]:
+    """What a retrieval model makes of single items, and what is left of what users should get after two stages."""
+    run, bundle = facts.run, facts.bundle
+    write_ranking(run, bundle.features, facts.partitions, overwrite=True, say=lambda _: None)
+    ranking = ranking_of(run, bundle.features, facts.partitions)
+    yield items_page.section(run, bundle, ranking, facts.partitions)
+    yield stages_page.section(bundle, ranking, facts.table, run.retrieval.k[0], 200, None, drawn)
 
 
 def _quality(facts: _Facts, output: Output, drawn: list[Plot]) -> page.Html:

@@ -61,6 +61,8 @@ class FeatureRun(Config):
     train: Any = None
     sparsity: Any = None
     retrieval: Any = None
+    index: Any = None
+    recommend: Any = None
     sampling: Any = None
     calibrate: Any = None
     device: Any = None

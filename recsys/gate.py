@@ -75,6 +75,31 @@ class OutputGates(Config):
     """Population stability index of the candidate's scores against the champion's; a larger shift is held."""
 
 
+class RecallMargins(Config):
+    """By how much a candidate's recall may be below the champion's."""
+
+    recall: AsShare = Share(amount=0.02, relative=True)
+    slice_recall: AsShare = Share(amount=0.1, relative=True)
+    """Of the head, the torso, the tail and the cold items."""
+
+
+class RetrievalGates(Config):
+    """What a retrieval model must keep to: recall at the first of `retrieval.k`, the mean over users."""
+
+    margins: RecallMargins = RecallMargins()
+    min_recall: Annotated[float, Field(ge=0, le=1)] | Literal["chance", "popularity"] = "chance"
+    """At least this, or as much as a random order gives, or the order by training rows, which is the same for
+    everybody; the last takes a further ranking."""
+    min_users: PositiveInt = 50
+    """On fewer users with something to find nothing is judged."""
+    min_slice_users: PositiveInt = 200
+    """Slices with fewer are not compared."""
+    suspicious_recall: Annotated[float, Field(ge=0, le=1)] = 0.99
+    """Above it a feature of the query has probably told the item: held for a person."""
+    suspicious_gain: AsShare = Share(amount=0.5, relative=True)
+    """So is a gain over the champion that is larger."""
+
+
 class Gates(OutputGates):
     """The gate of a run: what holds for every output, and under `outputs` what is different for one.
 
@@ -99,6 +124,8 @@ class Gates(OutputGates):
     seed: NonNegativeInt = 0
     outputs: dict[str, OutputGates] = {}
     """By output; what is not given there is that of the whole gate."""
+    retrieval: RetrievalGates = RetrievalGates()
+    """Takes the place of all that speaks of outputs where the model is one of retrieval."""
 
     @model_validator(mode="before")
     @classmethod

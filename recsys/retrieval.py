@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
+from torch.nn import functional
 
 from base.config import Config
 from base.errors import ConfigError
@@ -32,6 +33,8 @@ ITEMS, USERS = "items.parquet", "users.parquet"
 ITEM, COUNT, USER, SEEN, RELEVANT = (carried(name) for name in ("item", "count", "user", "seen", "relevant"))
 """Columns beside the features: of an item its raw value and training rows; of a user theirs, and places of items."""
 
+Places = NDArray[np.signedinteger[Any]]
+"""Positions; for very many 32 bits each."""
 SLICES = ("all", "head", "torso", "tail", "cold")
 _CHUNK = 2**22
 """Scores computed at a time."""
@@ -81,9 +84,13 @@ class Ranking:
         """Who asks, as examples."""
         return self._stream(USERS)
 
+    def counts(self) -> NDArray[np.int64]:
+        """By item, its training rows."""
+        return pl.read_parquet(self.folder / ITEMS, columns=[COUNT])[COUNT].to_numpy()
+
     def slices(self) -> NDArray[np.int64]:
         """By item, its place in SLICES."""
-        return popularity(pl.read_parquet(self.folder / ITEMS, columns=[COUNT])[COUNT].to_numpy(), self.cuts)
+        return popularity(self.counts(), self.cuts)
 
     def pairs(self, column: str) -> "Pairs":
         """Items of each user, from a column of lists."""
@@ -103,9 +110,9 @@ class Pairs:
     """Items by query, ascending for each: those of query q are items_X[bounds[q] : bounds[q + 1]]."""
 
     bounds: NDArray[np.int64]
-    items_X: NDArray[np.int64]
+    items_X: Places
 
-    def of(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def of(self, start: int, stop: int) -> tuple[Places, Places]:
         """Row numbers, from 0, and items of the queries in [start, stop)."""
         bounds = self.bounds[start : stop + 1]
         return np.repeat(np.arange(stop - start), np.diff(bounds)), self.items_X[bounds[0] : bounds[-1]]
@@ -122,6 +129,16 @@ def popularity(counts_I: NDArray[np.int64], cuts: Cuts) -> NDArray[np.int64]:
 
 Forward = Callable[[ExampleStream], Iterable[Tensor]]
 """logits_BL of each batch of a stream, in order."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What full ranking finds."""
+
+    table: pl.DataFrame
+    """The metrics, as `rank_items` gives them."""
+    recall_QS: NDArray[np.float64]
+    """Of each query at the first K, by slice; NaN where nothing of the slice is relevant."""
 
 
 def rank_items(forward: Forward, model: TwoTower, ranking: Ranking, *, brief: bool = False) -> pl.DataFrame:
@@ -141,6 +158,28 @@ def rank_items(forward: Forward, model: TwoTower, ranking: Ranking, *, brief: bo
     return measure(queries, items_ID, seen, relevant, slices_I, ranking.cuts.k, brief=brief)
 
 
+def rank_users(forward: Forward, model: TwoTower, ranking: Ranking, slices_I: NDArray[np.int64]) -> Ranked:
+    """The metrics of a model and the recall of every user, the items sliced as `slices_I` says; on one process."""
+    items_ID = torch.cat([model.items(logits_BL) for logits_BL in forward(ranking.items)])
+    queries = (model.queries(logits_BL) for logits_BL in forward(ranking.users))
+    return measure_each(queries, items_ID, ranking.pairs(SEEN), ranking.pairs(RELEVANT), slices_I, ranking.cuts.k)
+
+
+def recall_by_chance(ranking: Ranking) -> float:
+    """What a random order of the items may expect for recall at the first K."""
+    unseen_Q = len(ranking.counts()) - np.diff(ranking.pairs(SEEN).bounds)
+    return float(np.minimum(1.0, ranking.cuts.k[0] / unseen_Q).mean()) if len(unseen_Q) else 0.0
+
+
+def recall_by_popularity(ranking: Ranking) -> float:
+    """Recall at the first K of the items in the order of their training rows, without what each user has seen."""
+    counts_I = ranking.counts()
+    queries = torch.ones(ranking.rows(), 1).split(_BATCH)
+    items_ID = torch.from_numpy(counts_I.astype(np.float32))[:, None]
+    seen, relevant = ranking.pairs(SEEN), ranking.pairs(RELEVANT)
+    return measure(queries, items_ID, seen, relevant, counts_I, ranking.cuts.k[:1], brief=True)["recall"][0] or 0.0
+
+
 def measure(
     queries: Iterable[Tensor],
     items_ID: Tensor,
@@ -155,35 +194,76 @@ def measure(
 
     A query's relevant items may not be among those it has seen.
     """
-    items, deepest = len(items_ID), max(k)
-    if deepest > items:
-        raise ConfigError(f"retrieval.k = {list(k)}: the corpus has {items} items; ask for fewer")
+    return measure_each(queries, items_ID, seen, relevant, slices_I, k, brief=brief).table
+
+
+def measure_each(
+    queries: Iterable[Tensor],
+    items_ID: Tensor,
+    seen: Pairs,
+    relevant: Pairs,
+    slices_I: NDArray[np.int64],
+    k: tuple[int, ...],
+    *,
+    brief: bool = False,
+) -> Ranked:
+    """The same, and the recall of each query; of all items alone in `brief`."""
+    return measure_scores(_products(queries, items_ID), seen, relevant, slices_I, k, brief=brief)
+
+
+def _products(queries: Iterable[Tensor], items_ID: Tensor) -> Iterator[Tensor]:
+    """Scores of all items and padding, a chunk of queries at a time, each in the memory of the one before."""
+    items = len(items_ID)
     padding = -items % _BLOCK
     transposed_DI = torch.cat([items_ID, items_ID.new_zeros(padding, items_ID.shape[1])]).T.contiguous()
-    tallies = {name: _Tally(k, items) for name in (SLICES[:1] if brief else SLICES)}
     scores = torch.empty(0)
-    start = 0
     for part in queries:
         for queries_CD in part.split(max(1, _CHUNK // items)):
-            stop = start + len(queries_CD)
             if scores.shape[0] != len(queries_CD):
                 # Used again for the next chunk: fresh memory costs as much as the products.
                 scores = items_ID.new_empty(len(queries_CD), items + padding)
             torch.mm(queries_CD, transposed_DI, out=scores)
-            scores[:, items:] = -torch.inf
-            rows_X, seen_X = (torch.from_numpy(x).to(scores.device) for x in seen.of(start, stop))
-            scores[rows_X, seen_X] = -torch.inf
-            _count(tallies, scores, relevant.of(start, stop), slices_I, deepest, brief=brief)
-            start = stop
+            yield scores
+
+
+def measure_scores(
+    chunks: Iterable[Tensor],
+    seen: Pairs,
+    relevant: Pairs,
+    slices_I: NDArray[np.int64],
+    k: tuple[int, ...],
+    *,
+    brief: bool = False,
+) -> Ranked:
+    """What `measure_each` gives, from scores_CI of parts of the queries, which are overwritten.
+
+    Columns beyond the items are padding.
+    """
+    items, deepest = len(slices_I), max(k)
+    if deepest > items:
+        raise ConfigError(f"retrieval.k = {list(k)}: the corpus has {items} items; ask for fewer")
+    tallies = {name: _Tally(k, items) for name in (SLICES[:1] if brief else SLICES)}
+    start = 0
+    for scores in chunks:
+        if padding := -scores.shape[1] % _BLOCK:
+            scores = functional.pad(scores, (0, padding))
+        stop = start + len(scores)
+        scores[:, items:] = -torch.inf
+        rows_X, seen_X = (torch.from_numpy(x).to(scores.device) for x in seen.of(start, stop))
+        scores[rows_X, seen_X] = -torch.inf
+        _count(tallies, scores, relevant.of(start, stop), slices_I, deepest, brief=brief)
+        start = stop
     rows = [row for name, tally in tallies.items() for row in tally.rows(name, slices_I)]
     types = {"slice": pl.String, "k": pl.Int64, "users": pl.Int64, "items": pl.Int64}
-    return pl.DataFrame(rows, schema=types | dict.fromkeys(("recall", "ndcg", "map", "mrr", "coverage"), pl.Float64))
+    types |= dict.fromkeys(("recall", "ndcg", "map", "mrr", "coverage"), pl.Float64)
+    recall_QS = np.stack([np.concatenate([*tally.recalls, np.empty(0)]) for tally in tallies.values()], axis=1)
+    return Ranked(pl.DataFrame(rows, schema=types), recall_QS)
 
 
 def _count(
     tallies: "dict[str, _Tally]",
     scores_CI: Tensor,
-    relevant: tuple[NDArray[np.int64], NDArray[np.int64]],
+    relevant: tuple[Places, Places],
     slices_I: NDArray[np.int64],
     deepest: int,
     *,
@@ -206,7 +286,9 @@ def _count(
         np.maximum.at(top_C, rows_X[inside_X], scores_X[inside_X])
         asked = np.flatnonzero(number_C)
         ranks = None if brief else _ranks(scores_CI, best_CK, top_C, asked)
-        tally.add(within_CK[asked], number_C[asked], ranks)
+        recall_C = np.full(queries, np.nan)
+        recall_C[asked] = tally.add(within_CK[asked], number_C[asked], ranks)
+        tally.recalls.append(recall_C)
         tally.cover(top_CK, shown_CK)
 
 
@@ -243,9 +325,13 @@ class _Tally:
         self.reciprocal: float | None = None
         self.sums = {name: np.zeros(len(k)) for name in ("recall", "ndcg", "map")}
         self.covered = np.zeros((len(k), items), dtype=np.bool_)
+        self.recalls: list[NDArray[np.float64]] = []
+        """Of all queries, by chunk."""
 
-    def add(self, hit_QK: NDArray[np.bool_], number_Q: NDArray[np.int64], ranks_Q: NDArray[np.int64] | None) -> None:
-        """Queries with `number_Q` relevant items, of which `hit_QK` says where they stand."""
+    def add(
+        self, hit_QK: NDArray[np.bool_], number_Q: NDArray[np.int64], ranks_Q: NDArray[np.int64] | None
+    ) -> NDArray[np.float64]:
+        """Queries with `number_Q` relevant items, of which `hit_QK` says where they stand; recall at the first K."""
         place_K = np.arange(1, hit_QK.shape[1] + 1)
         gain_K = 1 / np.log2(place_K + 1)
         ideal_K = np.cumsum(gain_K)
@@ -260,6 +346,7 @@ class _Tally:
             self.sums["recall"][i] += (hits_QK[:, k - 1] / number_Q).sum()
             self.sums["ndcg"][i] += (gains_QK[:, k - 1] / ideal_K[reach_Q - 1]).sum()
             self.sums["map"][i] += (precision_QK[:, k - 1] / reach_Q).sum()
+        return hits_QK[:, self.k[0] - 1] / number_Q
 
     def cover(self, top_CK: NDArray[np.int64], shown_CK: NDArray[np.bool_]) -> None:
         """Note what was shown to anybody."""

@@ -10,7 +10,6 @@ click, and three known probabilities, of the click, of the conversion if clicked
 With `drift` set, taste moves from day to day and ids fade: a model is worth less the older it is.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -24,9 +23,8 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from base.config import Config
 from base.errors import ConfigError
+from features.readers.hashes import Floats, Ints, flat_popularity, key_of, normal, sigmoid, uniform, zipf_popularity
 
-Floats: TypeAlias = NDArray[np.float64]
-Ints: TypeAlias = NDArray[np.int64]
 Popularity: TypeAlias = Callable[[Floats, int], Ints]  # uniform draws, number of ids -> ids
 
 KEY: Final = "impression_id"
@@ -230,12 +228,12 @@ def planted_effects(config: SyntheticConfig, pair: tuple[str, str], day_index: i
 
 def _moving(config: SyntheticConfig, day_index: int, ids: Ints, *what: str) -> Floats:
     """Standard normals that turn, each at a speed of its own; Cauchy's speeds make their correlation exponential."""
-    first = _normal(_key(config.seed, *what), ids)
+    first = normal(key_of(config.seed, *what), ids)
     if not config.drift * day_index:
         return first
-    speed = np.tan(np.pi * (_uniform(_key(config.seed, "speed", *what), ids) - 0.5)).clip(-1e6, 1e6)
+    speed = np.tan(np.pi * (uniform(key_of(config.seed, "speed", *what), ids) - 0.5)).clip(-1e6, 1e6)
     angle = config.drift * day_index * speed
-    return np.cos(angle) * first + np.sin(angle) * _normal(_key(config.seed, "turned", *what), ids)
+    return np.cos(angle) * first + np.sin(angle) * normal(key_of(config.seed, "turned", *what), ids)
 
 
 # The log: who saw what.
@@ -260,7 +258,7 @@ def _impressions(config: SyntheticConfig, stream: str, day_index: int, row: Ints
     """Rows `row` of a stream (a day, or the reference sample), with the ids that are alive on `day_index`."""
 
     def draw(what: str) -> Floats:
-        return _uniform(_key(config.seed, stream, what), row)
+        return uniform(key_of(config.seed, stream, what), row)
 
     def missing(field: str) -> NDArray[np.bool_]:
         return draw(f"missing {field}") < _MISSING[field]
@@ -275,19 +273,19 @@ def _impressions(config: SyntheticConfig, stream: str, day_index: int, row: Ints
         known = _heirs(config, what, popularity(draw(what), first), day_index, first, births)
         return np.where(draw(f"new {what}") < new_share, born_today, known)
 
-    user = alive("user", config.users, config.new_user_share, _flat_popularity)
-    item = alive("item", config.items, config.new_item_share, _zipf_popularity)
+    user = alive("user", config.users, config.new_user_share, flat_popularity)
+    item = alive("item", config.items, config.new_item_share, zipf_popularity)
 
     def of_user(what: str) -> Floats:
-        return _uniform(_key(config.seed, "user", what), user)
+        return uniform(key_of(config.seed, "user", what), user)
 
     def of_item(what: str, items: Ints = item) -> Floats:
-        return _uniform(_key(config.seed, "item", what), items)
+        return uniform(key_of(config.seed, "item", what), items)
 
     distinct, bag = np.unique(item, return_inverse=True)  # far fewer bags than rows
-    advertiser = _flat_popularity(of_item("advertiser"), len(LEVELS["advertiser"]))
-    price_of_item = _normal(_key(config.seed, "item", "price"), item)
-    price_z = 0.8 * price_of_item + 0.6 * _normal(_key(config.seed, stream, "price"), row)
+    advertiser = flat_popularity(of_item("advertiser"), len(LEVELS["advertiser"]))
+    price_of_item = normal(key_of(config.seed, "item", "price"), item)
+    price_z = 0.8 * price_of_item + 0.6 * normal(key_of(config.seed, stream, "price"), row)
     age = 18 + np.floor(62 * of_user("age") ** 1.5)
     return _Impressions(
         row=row,
@@ -315,23 +313,13 @@ def _heirs(config: SyntheticConfig, what: str, ids: Ints, day_index: int, first:
     ids = ids.copy()
     while True:
         born = np.maximum((ids - first) // births, 0)
-        life = -np.log1p(-_uniform(_key(config.seed, what, "life"), ids)) / _BIRTHS
+        life = -np.log1p(-uniform(key_of(config.seed, what, "life"), ids)) / _BIRTHS
         faded = born + 1 + np.minimum(life, day_index).astype(np.int64)
         gone = faded <= day_index
         if not gone.any():
             return ids
-        heir = (_uniform(_key(config.seed, what, "heir"), ids[gone]) * births).astype(np.int64)
+        heir = (uniform(key_of(config.seed, what, "heir"), ids[gone]) * births).astype(np.int64)
         ids[gone] = first + faded[gone] * births + heir
-
-
-def _flat_popularity(draw: Floats, count: int) -> Ints:
-    """Popularity falls with the square root of the id."""
-    return (count * draw**2).astype(np.int64)
-
-
-def _zipf_popularity(draw: Floats, count: int) -> Ints:
-    """Popularity falls with the id (Zipf's law)."""
-    return np.minimum(np.exp(draw * np.log(count + 1)).astype(np.int64), count) - 1
 
 
 def _level(field: str, draw: Floats) -> Ints:
@@ -340,7 +328,7 @@ def _level(field: str, draw: Floats) -> Ints:
 
 def _tag(slot: int, draw: Floats) -> Ints:
     """Each slot of a bag has tags of its own, a few of them popular; so no bag holds a tag twice."""
-    return slot + _TAG_SLOTS * _flat_popularity(draw, len(LEVELS["tags"]) // _TAG_SLOTS)
+    return slot + _TAG_SLOTS * flat_popularity(draw, len(LEVELS["tags"]) // _TAG_SLOTS)
 
 
 # The truth: what makes them click and convert.
@@ -428,11 +416,11 @@ def _field_effects(intercept: float, seen: _Impressions, effect: Callable[[str, 
 def _probability(confounding: float, *logits: Floats) -> Floats:
     """That all of the events happen whose `logits` these are, as the mean over the hidden normal they share."""
     if not confounding:
-        return np.prod([_sigmoid(logit) for logit in logits], axis=0)
+        return np.prod([sigmoid(logit) for logit in logits], axis=0)
     nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
     total = np.zeros_like(logits[0])
     for node, weight in zip(nodes, weights / weights.sum(), strict=True):
-        total += weight * np.prod([_sigmoid(logit + confounding * node) for logit in logits], axis=0)
+        total += weight * np.prod([sigmoid(logit + confounding * node) for logit in logits], axis=0)
     return total
 
 
@@ -464,20 +452,20 @@ def _chunks(config: SyntheticConfig, day: date, chunk_rows: int) -> Iterator[pl.
 
 def _outcomes(config: SyntheticConfig, world: _World, day: date, seen: _Impressions) -> list[pl.Series]:
     def key(what: str) -> int:
-        return _key(config.seed, day.isoformat(), what)
+        return key_of(config.seed, day.isoformat(), what)
 
     taste = _taste(config, world, seen)
-    hidden = config.confounding * _normal(key("hidden"), seen.row)
+    hidden = config.confounding * normal(key("hidden"), seen.row)
     click_logit = _click_logit(config, world, seen, taste)
-    click = _uniform(key("click"), seen.row) < _sigmoid(click_logit + hidden)
+    click = uniform(key("click"), seen.row) < sigmoid(click_logit + hidden)
     probability = _probability(config.confounding, click_logit)
     outcomes = [pl.Series(LABEL, click.astype(np.int8)), pl.Series(TRUTH, probability)]
     if config.conversion_rate is None:
         return outcomes
     logit = _conversion_logit(config, world, seen, taste)
-    would_convert = _uniform(key("conversion"), seen.row) < _sigmoid(logit + hidden)
+    would_convert = uniform(key("conversion"), seen.row) < sigmoid(logit + hidden)
     converts = click & would_convert
-    delay = config.conversion_delay_days * -np.log1p(-_uniform(key("delay"), seen.row))
+    delay = config.conversion_delay_days * -np.log1p(-uniform(key("delay"), seen.row))
     last = config.observed_until or date.max
     is_seen = converts & (np.floor(delay) <= (last - day).days)
     return [
@@ -519,36 +507,3 @@ def _tag_lists(seen: _Impressions) -> pl.Series:
     bags = slots.select(pl.concat_list(pl.all()).list.head(pl.lit(pl.Series(seen.bag_size)))).to_series()
     bag = pl.Series(seen.bag)
     return bags.gather(bag.set(bag < 0, None))
-
-
-# Numbers from hashes.
-
-
-def _key(seed: int, *what: str) -> int:
-    """64 bits that name one stream of random numbers."""
-    return int.from_bytes(hashlib.blake2b(repr((seed, what)).encode(), digest_size=8).digest(), "little")
-
-
-def _hash(key: int, ids: Ints) -> NDArray[np.uint64]:
-    """SplitMix64 (Steele, Lea and Flood, 2014) started at `key`: its output number `ids`."""
-    bits = np.uint64(key) + ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
-
-
-def _uniform(key: int, ids: Ints) -> Floats:
-    """In [0, 1), a multiple of 2^-53."""
-    return (_hash(key, ids) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _normal(key: int, ids: Ints) -> Floats:
-    """Standard normal, by Box and Muller from the two halves of one hash."""
-    bits = _hash(key, ids)
-    radius: Floats = np.sqrt(-2 * np.log(((bits >> np.uint64(32)) + 0.5) * 2.0**-32))
-    cosine: Floats = np.cos((bits & np.uint64(0xFFFFFFFF)) * (2 * np.pi * 2.0**-32))
-    return radius * cosine
-
-
-def _sigmoid(logit: Floats) -> Floats:
-    return 1 / (1 + np.exp(-logit))

@@ -16,13 +16,11 @@ from features.pipeline import FittedPipeline
 from pipelines.config import Run
 from pipelines.evaluate import evaluate, rank_with
 from pipelines.prepare import prepare
-from pipelines.promote import promote
 from pipelines.rankings import ranking_of
 from pipelines.report import report
 from pipelines.text import metrics_table
 from pipelines.tracking import registry_of
 from pipelines.train import fit_window, train
-from pipelines.train_day import train_day
 from recsys.bundle import Bundle
 from recsys.models.two_tower import TwoTower
 from recsys.retrieval import ITEM, Ranking
@@ -264,13 +262,6 @@ def test_more_than_the_corpus_holds_is_refused(folder: Path, trained: Run) -> No
     assert isinstance(bundle.model, TwoTower)
     with pytest.raises(ConfigError, match=r"retrieval\.k = \[61\]: the corpus has 60 items"):
         rank_with(bundle, replace(ranking, cuts=ranking.cuts.model_copy(update={"k": (61,)})))
-
-
-def test_steps_that_know_probabilities_alone_say_so(trained: Run) -> None:
-    with pytest.raises(ConfigError, match="the gate compares probabilities, and two_tower gives none"):
-        promote(trained)
-    with pytest.raises(ConfigError, match="two_tower is trained on a split alone"):
-        train_day(trained)
 
 
 @pytest.mark.parametrize(
