@@ -2,7 +2,7 @@
 
     python -m bench.retrieval --data PATH                  everything, 5 seeds; PATH holds ml-1m/ and gowalla/
     python -m bench.retrieval --data PATH --quick          one seed on little training
-    python -m bench.retrieval --part ml-1m                 one of ml-1m, gowalla, esmm
+    python -m bench.retrieval --part ml-1m                 one of ml-1m, gowalla, synthetic, esmm
     python -m bench.retrieval --choose                     the settings tried, by what the validation rows say
     python -m bench.retrieval --table                      print the tables from the records
 
@@ -16,79 +16,46 @@ features alone. What knows ids alone cannot rank these, so they come last with i
 """
 
 import argparse
-import json
-import os
-import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor
 
 from base.config import load_config
-from bench import conversion, records
+from bench import catalogue, conversion, records
+from bench.rankers import (
+    COLD,
+    PEER,
+    ROOT,
+    Kind,
+    Log,
+    Peer,
+    log_of,
+    new_items,
+    ours,
+    peer,
+    popularity,
+    told,
+    trained_model,
+)
 from features.pipeline import FittedPipeline
 from pipelines.config import Run
 from pipelines.examples import examples_of, good_rows
-from pipelines.prepare import prepare
-from pipelines.progress import Ticker
-from pipelines.rankings import ranking_of, write_ranking
-from pipelines.train import corpus_of
-from recsys import trainer
-from recsys.bundle import load_model
 from recsys.data import ExampleStream
-from recsys.device import CPU
-from recsys.models.two_tower import TwoTower
-from recsys.retrieval import ITEM, ITEMS, RELEVANT, SEEN, USER, USERS, Ranking, measure, rank_items
 
-ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "pipelines" / "runs"
 RECORDS = records.FOLDER / "retrieval.jsonl"
 TRIED = records.FOLDER / "retrieval_tried.jsonl"
 BRIEFLY = {"epochs": 4}
 """How long a setting is tried."""
-PEER = ROOT / ".venv-peer" / "bin" / "python"
 SEEDS = 5
-K = 20
-VALID, TEST = ["split=valid"], ["split=test"]
-COLD = 0.1
-"""Share of the items that are new in the second question."""
-_LAST = -1e9
-"""Added to the scores of items that a model of ids cannot rank."""
-PARTS = ("ml-1m", "gowalla", "esmm")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A way to train: what differs from the run file."""
-
-    name: str
-    ssl: Mapping[str, Any] | None = None
-    model: Mapping[str, Any] = field(default_factory=dict)
-    train: Mapping[str, Any] = field(default_factory=dict)
-
-    def of(self, run: Run) -> Run:
-        """The run, trained this way."""
-        tree = run.model_dump(mode="json")
-        changed = {n: {**tree[n], **getattr(self, n)} for n in ("model", "train")}
-        return Run.model_validate({**tree, **changed, "ssl": self.ssl})
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A model of implicit's, with its arguments."""
-
-    name: str
-    model: Literal["als", "bpr"]
-    options: Mapping[str, Any]
+PARTS = ("ml-1m", "gowalla", "synthetic", "esmm")
 
 
 # What was chosen on validation rows, by one seed: see --choose.
@@ -102,9 +69,12 @@ MOVIELENS_KINDS = (
     Kind("two-tower, CFM + embedding masking", {"masking": "cfm", "embedding_masking": 0.1}),
 )
 MOVIELENS_TRIED = (
-    *(Kind(f"temperature {t:g}", model={"temperature": t}) for t in (0.07, 0.1, 0.2)),
+    *(Kind(f"temperature {t:g}", model={"temperature": t}) for t in (0.07, 0.1, 0.2, 0.3)),
     Kind("a hidden layer of 128 each", model={"query_hidden": [128], "item_hidden": [128]}),
-    Kind("no logQ", model={"log_q": False}),
+    *(
+        Kind(f"temperature 0.2, table rate {rate:g}", model={"temperature": 0.2}, train={"table_learning_rate": rate})
+        for rate in (0.05, 0.2)
+    ),
     *(
         Kind(f"dot, table_l2 {l2:g}", model={"similarity": "dot", "temperature": 1.0}, train={"table_l2": l2})
         for l2 in (1e-3, 1e-2)
@@ -134,6 +104,14 @@ GOWALLA: dict[str, Any] = {}
 GOWALLA_KINDS = (Kind("two-tower"), Kind("two-tower without logQ", model={"log_q": False}))
 GOWALLA_TRIED: tuple[Kind, ...] = ()
 GOWALLA_PEERS = MOVIELENS_PEERS
+SYNTHETIC: dict[str, Any] = {"batch_size": 1024, "epochs": 4, "patience": 2}
+SYNTHETIC_KINDS = (
+    Kind("two-tower"),
+    Kind("two-tower, feature dropout", {"baseline": "feature_dropout"}),
+    Kind("two-tower, RFM", {"masking": "rfm"}),
+    Kind("two-tower, CFM", {"masking": "cfm"}),
+)
+SERVED = SYNTHETIC_KINDS[-1]
 PUBLISHED = "| LightGCN, as its PyTorch repository reports | .1824 | .1547 |"
 FUNNEL = conversion.LOGS[1]
 _OF_ITEM = {"item": ["item_id", "advertiser", "category", "tags"]}
@@ -177,9 +155,10 @@ def main() -> None:
 
 def _jobs(options: argparse.Namespace) -> list[records.Job]:
     parts = [options.part] if options.part else list(PARTS)
-    if options.data is None and parts != ["esmm"]:
+    need_data = bool({"ml-1m", "gowalla"} & {*parts})
+    if need_data and options.data is None:
         raise SystemExit("--data is needed: the folder that holds ml-1m/ and gowalla/")
-    if not PEER.exists() and parts != ["esmm"]:
+    if need_data and not PEER.exists():
         print("implicit is left out: run `make peer` first", file=sys.stderr)
     data, how = options.data or Path(), {"quick": options.quick, "choose": options.choose}
     jobs: list[records.Job] = []
@@ -189,179 +168,11 @@ def _jobs(options: argparse.Namespace) -> list[records.Job]:
                 jobs += movielens_jobs(data / "ml-1m", options.work, **how)
             case "gowalla":
                 jobs += gowalla_jobs(data / "gowalla", options.work, **how)
+            case "synthetic":
+                jobs += synthetic_jobs(options.work, quick=options.quick)
             case _:
                 jobs += esmm_jobs(options.work, **how)
     return jobs
-
-
-# --- logs and what is asked about them -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Log:
-    """What is learned from, and what is asked on validation and test rows."""
-
-    run: Run
-    fitted: FittedPipeline
-    files: tuple[Path, ...]
-    """Examples to learn from."""
-    positives: pl.DataFrame
-    """Raw user and item of each."""
-    valid: Ranking
-    test: Ranking
-
-    @property
-    def counts(self) -> Any:
-        """Training rows by the item's row in its table."""
-        return self.fitted.counts_of(self.run.item_feature)
-
-
-def log_of(asking: Run, learning: Run) -> Log:
-    """Both runs prepared: they may differ in the rows that are learned from, and then in their folder."""
-    fitted = prepare(learning, say=_quiet)
-    for partitions in (VALID, TEST):
-        write_ranking(asking, fitted, partitions, say=_quiet)
-    assert asking.retrieval is not None
-    pair = (asking.retrieval.user, asking.retrieval.item)
-    positives = pl.concat([good_rows(learning, p).select(pair) for p in ["split=train"]]).unique(maintain_order=True)
-    files = tuple(examples_of(learning, ["split=train"], fitted))
-    valid, test = (ranking_of(asking, fitted, p) for p in (VALID, TEST))
-    return Log(
-        learning, fitted, files, positives.collect().rename(dict(zip(pair, (USER, ITEM), strict=True))), valid, test
-    )
-
-
-def _quiet(_: str) -> None:
-    """Says nothing."""
-
-
-def new_items(items: pl.Series, seed: int) -> list[Any]:
-    """A tenth of the items, in order."""
-    known = items.unique().sort()
-    drawn = np.random.default_rng(seed).choice(len(known), round(COLD * len(known)), replace=False)
-    return known[np.sort(drawn)].to_list()
-
-
-# --- one run ---------------------------------------------------------------------------------------------------------
-
-
-def figures(table: pl.DataFrame) -> dict[str, float | None]:
-    """Recall and NDCG at K by slice, None where it has no relevant items; the share of the items that anybody gets."""
-    found: dict[str, float | None] = {}
-    for row in table.filter(k=K).iter_rows(named=True):
-        found |= {f"{metric}_{row['slice']}": row[metric] for metric in ("recall", "ndcg")}
-        if row["slice"] == "all":
-            found["coverage"] = row["coverage"]
-    return found
-
-
-def ours(kind: Kind, log: Log, seed: int, *, choose: bool) -> dict[str, Any]:
-    """A trained model's figures."""
-    run = kind.of(log.run)
-    model, trained = _trained(run, log.fitted, log.files, log.valid, seed, kind.name, item_counts=log.counts)
-    assert isinstance(model, TwoTower)
-
-    def ranked(ranking: Ranking) -> dict[str, Any]:
-        with torch.no_grad():
-            return figures(rank_items(lambda s: (x for x, _ in trainer.passed(model, s, CPU)), model, ranking))
-
-    return told(ranked, log, choose=choose) | {"best_epoch": trained.best_epoch, "epochs": len(trained.history)}
-
-
-def told(ranked: Callable[[Ranking], dict[str, Any]], log: Log, *, choose: bool) -> dict[str, Any]:
-    """Figures of the validation rows, and of the test rows unless settings are chosen."""
-    held_out = {f"valid_{name}": value for name, value in ranked(log.valid).items()}
-    return held_out if choose else held_out | ranked(log.test)
-
-
-def _trained(
-    run: Run,
-    fitted: FittedPipeline,
-    files: tuple[Path, ...],
-    valid: Ranking | ExampleStream,
-    seed: int,
-    name: str,
-    **options: Any,
-) -> tuple[Any, trainer.Trained]:
-    schema, config = run.schema_of(fitted), run.train.model_copy(update={"seed": seed, "threads": 1})
-    fit = ExampleStream(files, schema, config.batch_size, shuffle=True, seed=seed, sampled=True)
-    corpus = corpus_of(run, fit, valid)
-    with tempfile.TemporaryDirectory() as scratch:
-        ticker = Ticker(f"{name} seed {seed}", interval_seconds=60)
-        trained = trainer.train(
-            run.model, schema, fit, valid, config, Path(scratch), corpus=corpus, on_step=ticker.on_step, **options
-        )
-    return load_model(run.model, schema, trained.weights, where=Path(name)), trained
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """What a model of ids ranks by: inner products of vectors by raw id."""
-
-    users: pl.Series
-    """Ascending, as are the items."""
-    items: pl.Series
-    users_UD: Tensor
-    items_ID: Tensor
-
-    def figures(self, ranking: Ranking) -> dict[str, Any]:
-        """As for our models."""
-        asked = pl.read_parquet(ranking.folder / USERS, columns=[USER])[USER]
-        listed = pl.read_parquet(ranking.folder / ITEMS, columns=[ITEM])[ITEM]
-        queries_QD = self.users_UD[torch.from_numpy(places(self.users, asked))]
-        items_ID = self.items_ID[torch.from_numpy(places(self.items, listed))]
-        pairs = (ranking.pairs(SEEN), ranking.pairs(RELEVANT))
-        return figures(measure([queries_QD], items_ID, *pairs, ranking.slices(), ranking.cuts.k))
-
-
-def places(ascending: pl.Series, values: pl.Series) -> Any:
-    """Where values stand; all must be there."""
-    found = ascending.search_sorted(values).to_numpy().astype(np.int64)
-    assert bool((ascending.gather(found) == values).all()), "an id that is not known"
-    return found
-
-
-def ids_of(log: Log) -> tuple[pl.Series, pl.Series]:
-    """All users and items, ascending, of those that ask or have asked."""
-    asked = [pl.read_parquet(r.folder / USERS, columns=[USER])[USER] for r in (log.valid, log.test)]
-    users = pl.concat([log.positives[USER], *asked]).unique().sort()
-    return users, pl.read_parquet(log.test.folder / ITEMS, columns=[ITEM])[ITEM]
-
-
-def popularity(log: Log) -> Vectors:
-    """Items by their number of training rows, for everyone the same."""
-    users, items = ids_of(log)
-    counts_I = np.bincount(places(items, log.positives[ITEM]), minlength=len(items))
-    return Vectors(users, items, torch.ones(len(users), 1), torch.from_numpy(counts_I)[:, None].float())
-
-
-def peer(kind: Peer, log: Log, seed: int) -> Vectors:
-    """implicit's vectors, trained on the same pairs. Items without any come last."""
-    users, items = ids_of(log)
-    pairs_X2 = np.stack([places(users, log.positives[USER]), places(items, log.positives[ITEM])], 1)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        np.save(folder / "pairs.npy", pairs_X2.astype(np.int32))
-        command = [PEER, "-m", "bench.implicit_peer", "--pairs", folder / "pairs.npy", "--out", folder]
-        command += ["--shape", f"{len(users)},{len(items)}", "--model", kind.model, "--seed", str(seed)]
-        command += ["--options", json.dumps(kind.options)]
-        one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        subprocess.run([str(part) for part in command], cwd=ROOT, env=one_thread, check=True, stdout=subprocess.DEVNULL)
-        users_UD, items_ID = (torch.from_numpy(np.load(folder / f"{n}.npy")) for n in ("users", "items"))
-    return known_first(Vectors(users, items, users_UD, items_ID), pairs_X2[:, 1])
-
-
-def known_first(vectors: Vectors, learned_X: Any) -> Vectors:
-    """With one more dimension, which puts items that were never learned from behind all others."""
-    last_I = torch.full((len(vectors.items), 1), _LAST)
-    last_I[torch.from_numpy(np.unique(learned_X)).long()] = 0
-    ones_U1 = torch.ones(len(vectors.users), 1)
-    return Vectors(
-        vectors.users,
-        vectors.items,
-        torch.cat([vectors.users_UD, ones_U1], 1),
-        torch.cat([vectors.items_ID, last_I], 1),
-    )
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
@@ -372,12 +183,12 @@ def movielens_jobs(data: Path, work: Path, *, quick: bool, choose: bool) -> list
     settings = MOVIELENS | (BRIEFLY if choose else {})
     run = _run("ml-1m-retrieval.toml", data, work / "ml-1m", settings, quick=quick)
     log = log_of(run, run)
-    everything = pl.concat([good_rows(run, p).select("movie_id") for p in (*VALID, *TEST, "split=train")])
-    movies = everything.unique().sort("movie_id").collect()["movie_id"]
+    movies = pl.concat([good_rows(run, f"split={r}").select("movie_id") for r in ("train", "valid", "test")])
+    known = movies.collect()["movie_id"]
 
     @lru_cache(maxsize=1)
     def without_new(seed: int) -> Log:
-        unseen = ", ".join(str(movie) for movie in new_items(movies, seed))
+        unseen = ", ".join(str(movie) for movie in new_items(known, seed))
         folder = work / f"ml-1m-new-{seed}"
         learning = run.model_copy(
             update={
@@ -460,6 +271,30 @@ def identity(run: Run) -> dict[str, Any]:
     return {"model": run.model.model_dump(mode="json"), "train": train, "ssl": ssl}
 
 
+def synthetic_jobs(work: Path, *, quick: bool) -> list[records.Job]:
+    """A million items of a known truth: what is found of them, and how fast they are served."""
+    config = catalogue.catalogue_config(quick=quick)
+    run = catalogue.catalogue_run(work / f"catalogue{'-quick' if quick else ''}", SYNTHETIC)
+    common = {"bench": "retrieval", **catalogue.catalogue_key(config), "quick": quick}
+
+    @lru_cache(maxsize=1)
+    def log_of_seed(seed: int) -> Log:
+        return catalogue.catalogue_log(config, run, seed)
+
+    def truth(seed: int) -> Mapping[str, Any]:
+        log, of_seed = log_of_seed(seed), config.model_copy(update={"seed": seed})
+        days = {log.valid.folder: catalogue.DAYS - 2, log.test.folder: catalogue.DAYS - 1}
+        return told(lambda ranking: catalogue.oracle(of_seed, ranking, days[ranking.folder]), log, choose=False)
+
+    def serving(seed: int) -> Mapping[str, Any]:
+        return catalogue.served(SERVED, log_of_seed(seed), seed)
+
+    jobs = _jobs_of("synthetic", log_of_seed, run, SYNTHETIC_KINDS, (), common, quick=quick)
+    jobs.insert(0, records.Job("synthetic | oracle", {**common, "peer": "oracle"}, jobs[0].seeds, truth))
+    key = {**common, **identity(SERVED.of(run)), "indexes": catalogue.INDEXES}
+    return [*jobs, records.Job("serving | a million items", key, 1, serving)]
+
+
 def esmm_jobs(work: Path, *, quick: bool, choose: bool) -> list[records.Job]:
     """ESMM on the synthetic funnel of `bench.conversion`, its item side told apart in a second task."""
     config = conversion.funnel_config(FUNNEL, quick=quick)
@@ -489,7 +324,7 @@ def conversions(
     files = {role: tuple(examples_of(run, run.source.partitions(role), fitted)) for role in ("train", "valid")}
     schema = run.schema_of(fitted)
     valid = ExampleStream(files["valid"], schema, run.train.batch_size)
-    model, trained = _trained(run, fitted, files["train"], valid, seed, name)
+    model, trained = trained_model(run, fitted, files["train"], valid, seed, name)
     found = {"valid_auc": trained.history[-1]["p_conversion_given_click.auc"]}
     return found if choose else found | conversion.funnel_figures(conversion.Measured(model, schema), test)
 

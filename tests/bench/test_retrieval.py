@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import torch
 
-from bench import records
+from bench import rankers, records
 from bench import retrieval as bench
 from recsys.retrieval import COUNT, ITEM, ITEMS, RELEVANT, SEEN, USER, USERS
 
@@ -40,14 +40,14 @@ def jobs(movielens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {j.name: j for j in bench.movielens_jobs(movielens, work, quick=True, choose=False)}
 
 
-def log_of(movielens: Path, work: Path, where: str) -> bench.Log:
+def log_of(movielens: Path, work: Path, where: str) -> rankers.Log:
     asking = bench._run("ml-1m-retrieval.toml", movielens, work / "asked", bench.MOVIELENS, quick=True)
     data = asking.data.model_copy(update={"where": where})
-    return bench.log_of(asking, asking.model_copy(update={"output": work / "learned", "data": data}))
+    return rankers.log_of(asking, asking.model_copy(update={"output": work / "learned", "data": data}))
 
 
 def test_what_is_asked_does_not_depend_on_what_was_learned(movielens: Path, tmp_path: Path) -> None:
-    new = bench.new_items(pl.Series(range(MOVIES)), 1)
+    new = rankers.new_items(pl.Series(range(MOVIES)), 1)
     whole = log_of(movielens, tmp_path / "whole", "rating > 3")
     without = log_of(movielens, tmp_path / "without", f"rating > 3 AND movie_id NOT IN ({', '.join(map(str, new))})")
     assert len(new) == MOVIES // 10
@@ -67,31 +67,31 @@ def test_what_is_asked_does_not_depend_on_what_was_learned(movielens: Path, tmp_
 
 def test_new_items_are_drawn_anew_for_each_seed() -> None:
     items = pl.Series([f"i{n}" for n in range(200)] * 2)
-    drawn = [bench.new_items(items, seed) for seed in (1, 1, 2)]
+    drawn = [rankers.new_items(items, seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) == 20
 
 
 def test_popularity_is_what_counting_says(movielens: Path, tmp_path: Path) -> None:
     log = log_of(movielens, tmp_path, "rating > 3")
-    found = bench.popularity(log).figures(log.test)
+    found = rankers.popularity(log).figures(log.test)
     counts = dict(log.positives[ITEM].value_counts().iter_rows())
     items = pl.read_parquet(log.test.folder / ITEMS, columns=[ITEM])[ITEM].to_list()
     recalls: list[float] = []
     for seen, relevant in pl.read_parquet(log.test.folder / USERS, columns=[SEEN, RELEVANT]).iter_rows():
         left = sorted((i for i in range(len(items)) if i not in seen), key=lambda i: -counts.get(items[i], 0))
-        last = counts.get(items[left[bench.K - 1]], 0)
+        last = counts.get(items[left[rankers.K - 1]], 0)
         sure = {i for i in left if counts.get(items[i], 0) > last}
         tied = [i for i in left if counts.get(items[i], 0) == last]
-        chance = (bench.K - len(sure)) / len(tied)  # which of those as popular as the last is shown, nobody says
+        chance = (rankers.K - len(sure)) / len(tied)  # which of those as popular as the last is shown, nobody says
         recalls.append(sum(1 if i in sure else chance * (i in tied) for i in relevant) / len(relevant))
     assert found["recall_all"] == pytest.approx(np.mean(recalls), abs=0.05)
 
 
 def test_what_was_never_learned_comes_last() -> None:
     users, items = pl.Series([3, 5]), pl.Series(["a", "b", "c", "d"])
-    vectors = bench.Vectors(users, items, torch.tensor([[1.0], [-1.0]]), torch.tensor([[-9.0], [2.0], [5.0], [0.0]]))
-    known = bench.known_first(vectors, np.array([0, 1, 1]))
+    vectors = rankers.Vectors(users, items, torch.tensor([[1.0], [-1.0]]), torch.tensor([[-9.0], [2.0], [5.0], [0.0]]))
+    known = rankers.known_first(vectors, np.array([0, 1, 1]))
     order_UI = (known.users_UD @ known.items_ID.T).argsort(1, descending=True)
     assert order_UI[:, :2].tolist() == [[1, 0], [0, 1]]
     score_UI = known.users_UD @ known.items_ID.T
@@ -100,9 +100,9 @@ def test_what_was_never_learned_comes_last() -> None:
 
 def test_ids_are_found_by_value() -> None:
     known = pl.Series([2, 3, 5, 7])
-    assert bench.places(known, pl.Series([7, 2, 7])).tolist() == [3, 0, 3]
+    assert rankers.places(known, pl.Series([7, 2, 7])).tolist() == [3, 0, 3]
     with pytest.raises(AssertionError, match="not known"):
-        bench.places(known, pl.Series([4]))
+        rankers.places(known, pl.Series([4]))
 
 
 @pytest.mark.parametrize("name", ["ml-1m | two-tower", "new items | two-tower, CFM"])
