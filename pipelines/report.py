@@ -39,7 +39,7 @@ from pipelines.evaluate import evaluation_of
 from pipelines.line import Line
 from pipelines.measure import held_out, questions, truth_of
 from pipelines.plots import Plot
-from pipelines.rankings import ranking_of, write_ranking
+from pipelines.rankings import ask
 from pipelines.tracking import registry_of
 from recsys import metrics
 from recsys.bundle import Bundle
@@ -251,10 +251,9 @@ def _qualities(facts: _Facts, drawn: list[Plot]) -> Iterator[page.Html]:
 def _items_and_stages(facts: _Facts, drawn: list[Plot]) -> Iterator[page.Html]:
     """What a retrieval model makes of single items, and what is left of what users should get after two stages."""
     run, bundle = facts.run, facts.bundle
-    write_ranking(run, bundle.features, facts.partitions, overwrite=True, say=lambda _: None)
-    ranking = ranking_of(run, bundle.features, facts.partitions)
+    (ranking,) = ask(run, bundle, None, facts.partitions, may_be_empty=True)
     yield items_page.section(run, bundle, ranking, facts.partitions)
-    yield stages_page.section(bundle, ranking, facts.table, run.retrieval.k[0], 200, None, drawn)
+    yield stages_page.section(run, bundle, ranking, facts.table, facts.partitions, drawn)
 
 
 def _quality(facts: _Facts, output: Output, drawn: list[Plot]) -> page.Html:

@@ -1,16 +1,19 @@
 """The report's section on two stages: how much of what users should get is left after each of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import polars as pl
 
+from base.storage import is_published, read_manifest, resolve
 from pipelines import page, plots
+from pipelines.config import Run
 from pipelines.evaluate import rank_with
 from pipelines.page import Html
 from pipelines.plots import Plot, Stage
 from recsys.bundle import Bundle
 from recsys.retrieval import ITEM, ITEMS, RELEVANT, SLICES, USER, USERS, Ranking
+from serving.recommend import KIND
 
 _PLACE = "@place"
 
@@ -20,60 +23,70 @@ class Recommended:
     """What was published for the users of a partition."""
 
     lists: pl.DataFrame
-    """Columns of RECOMMENDED."""
+    """Raw `user` and `item`, a row per item that a user is shown."""
+    k: int
+    depth: int
+    """How many items were looked up for a user."""
     ranked_by: str | None
     """Output of the ranking model, where there was a second stage."""
 
 
-RECOMMENDED = ("user", "item")
-
-
 def section(
-    bundle: Bundle,
-    ranking: Ranking,
-    table: pl.DataFrame,
-    k: int,
-    candidates: int,
-    recommended: Recommended | None,
-    drawn: list[Plot],
+    run: Run, bundle: Bundle, ranking: Ranking, table: pl.DataFrame, partitions: Sequence[str], drawn: list[Plot]
 ) -> Html:
-    """From the corpus over candidates to the first `k`, by similarity alone and by what was recommended.
+    """From the corpus over candidates to the first K, by similarity alone and by what was recommended.
 
-    `table` has the metrics of full ranking; where it has other K than these, they are measured here.
+    `table` has the metrics of full ranking; where it has other K than [recommend], they are measured here.
     """
-    if not {k, candidates} <= set(table["k"]):
-        cuts = ranking.cuts.model_copy(update={"k": (k, candidates)})
-        table = rank_with(bundle, replace(ranking, cuts=cuts))
-    found = {name: _by_slice(table, depth) for name, depth in (("candidates", candidates), ("similarity", k))}
-    ways = {"similarity": f"first {k} by similarity alone"}
-    if recommended is not None:
-        found["recommended"] = recall_of(recommended.lists, ranking)
-        by = f"ranked by {recommended.ranked_by}" if recommended.ranked_by else "as published"
-        ways["recommended"] = f"first {k} {by}"
     items, users = table["items"][0], table["users"][0]
-    before = [Stage("corpus", items, 1.0), Stage("candidates by similarity", candidates, found["candidates"]["all"])]
-    last = [Stage(label, k, found[way]["all"]) for way, label in ways.items()]
-    drawing = plots.stages("stages", before, last)
-    head = ["items", "users", f"in the first {candidates}", *(label.removeprefix("first ") for label in ways.values())]
+    name = ", ".join(partitions)
+    published = recommended(run, bundle, name) if len(partitions) == 1 else None  # lists are of one partition's users
+    k, depth = (published.k, published.depth) if published else (run.recommend.k, run.recommend.depth(items))
+    if not users:
+        return Html()
+    if not {k, depth} <= set(table["k"]):
+        table = rank_with(bundle, replace(ranking, cuts=ranking.cuts.model_copy(update={"k": (k, depth)})))
+    of = {"candidates": _by_slice(table, depth), "similarity": _by_slice(table, k)}
+    stages = {"candidates": Stage("candidates by similarity", depth, of["candidates"]["all"] or 0.0),
+              "similarity": Stage("by similarity alone", k, of["similarity"]["all"] or 0.0)}  # fmt: skip
+    if published is not None:
+        of["shown"] = recall_of(published.lists, ranking)
+        by = "as recommended" if published.ranked_by is None else f"ranked by {published.ranked_by}"
+        stages["shown"] = Stage(by, k, of["shown"]["all"] or 0.0)
+    if depth == k:
+        del stages["candidates"]
+    last = [stages[way] for way in ("similarity", "shown") if way in stages]
+    before = [Stage("corpus", items, 1.0), *(stages[way] for way in ("candidates",) if way in stages)]
     rows = [
-        [name, f"{of:,}", *(page.number(found[way].get(name), ".4f") for way in found)]
-        for name, of in table.filter(pl.col("k") == k).select("slice", "users").iter_rows()
+        [which, f"{number:,}", *(page.number(of[way][which], ".4f") for way in stages)]
+        for which, number in table.filter(pl.col("k") == k).select("slice", "users").iter_rows()
     ]
-    missing = (
-        ""
-        if recommended is not None
-        else " Nothing is published for these users by this model; run `recsys recommend`."
-    )
+    head = ["recall of items", "users", *(f"first {stage.items}, {stage.label}" for stage in stages.values())]
+    missing = "" if published else f" Nothing of this bundle is published for {name}: run `recsys recommend`."
     return page.tag(
         "section",
         page.tag("h2", "From the corpus to what is shown"),
         page.tag("p", f"How much of what {users:,} users should get is still there after each stage.{missing}"),
-        page.figures(page.figure(drawn, drawing, "Recall after each stage")),
+        page.figures(page.figure(drawn, plots.stages("stages", before, last), "Recall after each stage")),
         page.table(head, rows),
-        page.tag("p", "What users should get is what they were shown in the log and liked. A ranking model that "
-                 "prefers what nobody has shown them is measured too low here; only showing it to them can tell.",
+        page.tag("p", "What users should get is what the log showed them and they liked. A ranking model that prefers "
+                 "what nobody has shown them is measured too low here; only showing it to them can tell.",
                  kind="note"),
     )  # fmt: skip
+
+
+def recommended(run: Run, bundle: Bundle, name: str) -> Recommended | None:
+    """What is published for a partition, if it is of this bundle."""
+    target = run.recommendations_path(name)
+    if run.retrieval is None or not is_published(target):
+        return None
+    folder = resolve(target, KIND)
+    about = read_manifest(folder).about
+    if about["bundle"] != bundle.version:
+        return None
+    raw = {"user": pl.col(run.retrieval.user), "item": pl.col(run.retrieval.item)}
+    lists = pl.scan_parquet(folder / "part-*.parquet").select(**raw).collect(engine="streaming")
+    return Recommended(lists, about["k"], about["depth"], about.get("ranking", {}).get("by"))
 
 
 def _by_slice(table: pl.DataFrame, k: int) -> Mapping[str, float | None]:
@@ -81,10 +94,7 @@ def _by_slice(table: pl.DataFrame, k: int) -> Mapping[str, float | None]:
 
 
 def recall_of(lists: pl.DataFrame, ranking: Ranking) -> dict[str, float | None]:
-    """By slice, the mean over users of the share of their relevant items of it that `lists` have; None without users.
-
-    `lists` has the raw values of RECOMMENDED, a row per item that a user is shown.
-    """
+    """By slice, the mean over users of the share of their relevant items of it that are listed; None without users."""
     corpus = pl.read_parquet(ranking.folder / ITEMS, columns=[ITEM]).with_row_index(_PLACE)
     places = corpus.with_columns(pl.col(_PLACE).cast(pl.Int32), pl.Series("slice", ranking.slices()))
     asked = pl.read_parquet(ranking.folder / USERS, columns=[USER, RELEVANT])

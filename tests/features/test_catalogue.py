@@ -197,10 +197,9 @@ def test_an_item_mostly_has_its_themes_value(group: str) -> None:
 
 def test_popularity_has_a_long_tail() -> None:
     counts = days(5)["item_id"].value_counts()["count"].sort(descending=True)
-    share = counts.head(2_000).sum() / counts.sum()
-    assert 0.35 < share < 0.65
+    assert 0.35 < counts.head(2_000).sum() / len(days(5)) < 0.65
     assert counts.len() > 15_000
-    assert (counts <= 10).mean() > 0.3
+    assert (counts <= 10).sum() > 0.3 * counts.len()
     # A power law: the logarithm of the count falls about evenly with that of the place.
     places = np.array([30, 300, 3_000])
     slopes = np.diff(np.log(counts.to_numpy()[places])) / np.diff(np.log(places))
@@ -215,8 +214,7 @@ def test_every_day_brings_ids_that_no_earlier_day_had() -> None:
             born = pl.col(field).is_between(first + index * births, first + (index + 1) * births - 1)
             assert days(5).filter(born, pl.col("day") < day_of(index)).is_empty()
             assert days(5).filter(born, pl.col("day") == day_of(index)).height > 500
-        assert days(5)[field].max() < first + 5 * births
-        assert days(5)[field].min() >= 0
+        assert days(5)[field].is_between(0, first + 5 * births - 1).all()
 
 
 # The truth
