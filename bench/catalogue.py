@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -76,9 +75,9 @@ def settings_of(folder: Path) -> list[str]:
     ]
 
 
-def catalogue_run(folder: Path, train: Mapping[str, Any]) -> Run:
-    """Two towers without a second task."""
-    return Kind("", train=train).of(load_config(Run, RUN, settings_of(folder)))
+def catalogue_run(folder: Path) -> Run:
+    """Two towers on a log in `folder`."""
+    return load_config(Run, RUN, settings_of(folder))
 
 
 def catalogue_log(config: CatalogueConfig, run: Run, seed: int) -> Log:

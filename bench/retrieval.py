@@ -59,34 +59,57 @@ PARTS = ("ml-1m", "gowalla", "synthetic", "esmm")
 
 
 # What was chosen on validation rows, by one seed: see --choose.
-MOVIELENS: dict[str, Any] = {"epochs": 10, "patience": 2}
+MOVIELENS = Kind("", model={"temperature": 0.2}, train={"table_learning_rate": 0.2, "epochs": 10, "patience": 2})
+_SSL = {"alpha": 0.1, "temperature": 0.1, "batch_size": 512}
 MOVIELENS_KINDS = (
     Kind("two-tower"),
-    Kind("two-tower, spread-out", {"baseline": "spread_out"}),
+    Kind("two-tower, spread-out", {**_SSL, "baseline": "spread_out"}),
     Kind("two-tower, feature dropout", {"baseline": "feature_dropout"}),
-    Kind("two-tower, RFM", {"masking": "rfm"}),
-    Kind("two-tower, CFM", {"masking": "cfm"}),
-    Kind("two-tower, CFM + embedding masking", {"masking": "cfm", "embedding_masking": 0.1}),
+    Kind("two-tower, RFM", {**_SSL, "masking": "rfm"}),
+    Kind("two-tower, CFM", {**_SSL, "masking": "cfm"}),
+    Kind("two-tower, CFM + embedding masking", {**_SSL, "masking": "cfm", "embedding_masking": 0.1}),
 )
 MOVIELENS_TRIED = (
-    *(Kind(f"temperature {t:g}", model={"temperature": t}) for t in (0.07, 0.1, 0.2, 0.3)),
-    Kind("a hidden layer of 128 each", model={"query_hidden": [128], "item_hidden": [128]}),
     *(
-        Kind(f"temperature 0.2, table rate {rate:g}", model={"temperature": 0.2}, train={"table_learning_rate": rate})
-        for rate in (0.05, 0.2)
+        Kind(f"temperature {t:g}, table rate {rate:g}", model={"temperature": t}, train={"table_learning_rate": rate})
+        for t, rate in ((0.07, 0.1), (0.1, 0.1), (0.2, 0.1), (0.3, 0.1), (0.2, 0.05), (0.2, 0.2))
+    ),
+    Kind(
+        "temperature 0.1, table rate 0.1, a hidden layer of 128 each",
+        model={"temperature": 0.1, "query_hidden": [128], "item_hidden": [128]},
+        train={"table_learning_rate": 0.1},
     ),
     *(
-        Kind(f"dot, table_l2 {l2:g}", model={"similarity": "dot", "temperature": 1.0}, train={"table_l2": l2})
+        Kind(
+            f"dot, table rate 0.1, table_l2 {l2:g}",
+            model={"similarity": "dot", "temperature": 1.0},
+            train={"table_learning_rate": 0.1, "table_l2": l2},
+        )
         for l2 in (1e-3, 1e-2)
+    ),
+    *(
+        Kind(f"CFM, alpha {a:g}, its temperature {t:g}", {**_SSL, "masking": "cfm", "alpha": a, "temperature": t})
+        for a, t in ((0.1, 0.1), (0.3, 0.1), (1.0, 0.1), (0.1, 0.3))
     ),
 )
 _PEER = {"factors": 64}
-MOVIELENS_PEERS = (Peer("implicit ALS", "als", {"factors": 64}), Peer("implicit BPR", "bpr", {"factors": 64}))
+MOVIELENS_PEERS = (
+    Peer("implicit ALS", "als", {**_PEER, "regularization": 100.0, "alpha": 16.0}),
+    Peer("implicit BPR", "bpr", {"factors": 64}),
+)
 PEERS_TRIED = (
     *(
         Peer(f"implicit ALS, regularization {r:g}, alpha {a:g}", "als", {**_PEER, "regularization": r, "alpha": a})
-        for r in (0.01, 1.0, 10.0, 30.0, 100.0)
-        for a in (1.0, 4.0, 8.0, 16.0)
+        for r, alphas in (
+            *(
+                (0.01, (1.0, 4.0, 16.0)),
+                (1.0, (1.0, 4.0, 16.0)),
+                (10.0, (1.0, 4.0, 16.0)),
+                (30.0, (1.0, 4.0, 8.0, 16.0)),
+            ),
+            *((100.0, (4.0, 8.0, 16.0, 32.0)), (200.0, (8.0, 16.0, 32.0))),
+        )
+        for a in alphas
     ),
     *(
         Peer(
@@ -94,17 +117,28 @@ PEERS_TRIED = (
             "bpr",
             {**_PEER, "learning_rate": rate, "regularization": r, "iterations": n},
         )
-        for rate, r, n in ((0.01, 0.01, 30), (0.01, 0.01, 100), (0.01, 0.01, 300), (0.05, 0.01, 100), (0.01, 0.1, 100))
+        for rate, r, n in (
+            *((0.01, 0.01, 10), (0.01, 0.01, 30), (0.01, 0.01, 100), (0.01, 0.01, 300)),
+            *((0.01, 0.001, 30), (0.01, 0.1, 100), (0.05, 0.01, 10), (0.05, 0.01, 100)),
+        )
     ),
 )
 _NO_ID = {"item": ["genres", "year", "title_words"]}
 NEW_KINDS = MOVIELENS_KINDS
-NEW_TRIED: tuple[Kind, ...] = ()
-GOWALLA: dict[str, Any] = {}
+NEW_TRIED = (
+    Kind("two-tower"),
+    Kind("two-tower, no id", model=_NO_ID),
+    *(
+        Kind(f"CFM, {what}, alpha {a:g}", {**_SSL, "masking": "cfm", "alpha": a}, model)
+        for what, model in (("id", {}), ("no id", _NO_ID))
+        for a in (0.1, 1.0)
+    ),
+)
+GOWALLA = Kind("")
 GOWALLA_KINDS = (Kind("two-tower"), Kind("two-tower without logQ", model={"log_q": False}))
 GOWALLA_TRIED: tuple[Kind, ...] = ()
 GOWALLA_PEERS = MOVIELENS_PEERS
-SYNTHETIC: dict[str, Any] = {"batch_size": 1024, "epochs": 4, "patience": 2}
+SYNTHETIC = Kind("", train={"batch_size": 1024, "epochs": 4, "patience": 2})
 SYNTHETIC_KINDS = (
     Kind("two-tower"),
     Kind("two-tower, feature dropout", {"baseline": "feature_dropout"}),
@@ -180,8 +214,7 @@ def _jobs(options: argparse.Namespace) -> list[records.Job]:
 
 def movielens_jobs(data: Path, work: Path, *, quick: bool, choose: bool) -> list[records.Job]:
     """MovieLens-1M, asked of models that know all items, then of models that have not learned from a tenth."""
-    settings = MOVIELENS | (BRIEFLY if choose else {})
-    run = _run("ml-1m-retrieval.toml", data, work / "ml-1m", settings, quick=quick)
+    run = _run("ml-1m-retrieval.toml", data, work / "ml-1m", MOVIELENS, quick=quick, choose=choose)
     log = log_of(run, run)
     movies = pl.concat([good_rows(run, f"split={r}").select("movie_id") for r in ("train", "valid", "test")])
     known = movies.collect()["movie_id"]
@@ -210,8 +243,7 @@ def movielens_jobs(data: Path, work: Path, *, quick: bool, choose: bool) -> list
 
 def gowalla_jobs(data: Path, work: Path, *, quick: bool, choose: bool) -> list[records.Job]:
     """Ids alone, in LightGCN's split."""
-    settings = GOWALLA | (BRIEFLY if choose else {})
-    run = _run("gowalla.toml", data / "*.txt", work / "gowalla", settings, quick=quick)
+    run = _run("gowalla.toml", data / "*.txt", work / "gowalla", GOWALLA, quick=quick, choose=choose)
     log = log_of(run, run)
     common = {"bench": "retrieval", "rows": _rows(log), "quick": quick}
     how = {"quick": quick, "choose": choose}
@@ -220,9 +252,10 @@ def gowalla_jobs(data: Path, work: Path, *, quick: bool, choose: bool) -> list[r
     return _jobs_of("gowalla", lambda _: log, run, GOWALLA_KINDS, GOWALLA_PEERS, common, **how)
 
 
-def _run(file: str, data: Path, folder: Path, train: Mapping[str, Any], *, quick: bool) -> Run:
+def _run(file: str, data: Path, folder: Path, chosen: Kind, *, quick: bool, choose: bool = False) -> Run:
     run = load_config(Run, RUNS / file, [f'data.path="{data}"', f'output="{folder}"'])
-    return Kind("", train=dict(train) | ({"epochs": 1} if quick else {})).of(run)
+    shorter = {"epochs": 1} if quick else BRIEFLY if choose else {}
+    return Kind("", train=shorter).of(chosen.of(run))
 
 
 def _rows(log: Log) -> str:
@@ -274,7 +307,7 @@ def identity(run: Run) -> dict[str, Any]:
 def synthetic_jobs(work: Path, *, quick: bool) -> list[records.Job]:
     """A million items of a known truth: what is found of them, and how fast they are served."""
     config = catalogue.catalogue_config(quick=quick)
-    run = catalogue.catalogue_run(work / f"catalogue{'-quick' if quick else ''}", SYNTHETIC)
+    run = SYNTHETIC.of(catalogue.catalogue_run(work / f"catalogue{'-quick' if quick else ''}"))
     common = {"bench": "retrieval", **catalogue.catalogue_key(config), "quick": quick}
 
     @lru_cache(maxsize=1)
