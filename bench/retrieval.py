@@ -117,10 +117,11 @@ PEERS_TRIED = (
             "bpr",
             {**_PEER, "learning_rate": rate, "regularization": r, "iterations": n},
         )
-        for rate, r, n in (
-            *((0.01, 0.01, 10), (0.01, 0.01, 30), (0.01, 0.01, 100), (0.01, 0.01, 300)),
-            *((0.01, 0.001, 30), (0.01, 0.1, 100), (0.05, 0.01, 10), (0.05, 0.01, 100)),
+        for rate, r, iterations in (
+            *((0.01, 1e-4, (30, 100)), (0.01, 1e-3, (30, 60, 100)), (0.01, 0.01, (10, 30, 100, 300))),
+            *((0.01, 0.1, (100,)), (0.05, 1e-3, (10,)), (0.05, 0.01, (10, 100))),
         )
+        for n in iterations
     ),
 )
 _NO_ID = {"item": ["genres", "year", "title_words"]}
@@ -136,7 +137,10 @@ NEW_TRIED = (
 )
 GOWALLA = Kind("")
 GOWALLA_KINDS = (Kind("two-tower"), Kind("two-tower without logQ", model={"log_q": False}))
-GOWALLA_TRIED: tuple[Kind, ...] = ()
+GOWALLA_TRIED = tuple(
+    Kind(f"temperature {t:g}, table rate {rate:g}", model={"temperature": t}, train={"table_learning_rate": rate})
+    for t, rate in ((0.1, 0.1), (0.15, 0.1), (0.2, 0.1), (0.15, 0.2))
+)
 GOWALLA_PEERS = MOVIELENS_PEERS
 SYNTHETIC = Kind("", train={"batch_size": 1024, "epochs": 4, "patience": 2})
 SYNTHETIC_KINDS = (
