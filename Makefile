@@ -9,7 +9,7 @@ FBGEMM_cpu  = fbgemm-gpu-cpu==1.8.0
 FBGEMM_cuda = fbgemm-gpu==1.8.0
 READY = $(VENV)/ready-$(ACCEL)
 
-.PHONY: help setup demo production-demo test slow check lock peer clean
+.PHONY: help setup demo demo-retrieval production-demo test slow check lock peer clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -30,6 +30,9 @@ $(READY): requirements.lock pyproject.toml
 
 demo: setup ## the main job on a synthetic log: raw days in, scores and a report out
 	$(BIN)/recsys demo --output runs/demo
+
+demo-retrieval: setup ## candidates for the long tail: two towers, an index, a second stage, recommendations, a report
+	$(BIN)/recsys demo-retrieval --output runs/demo-retrieval
 
 production-demo: setup ## five days of production: a real MLflow and a real Airflow, gone afterwards
 	$(BIN)/recsys production-demo --output runs/production

@@ -226,7 +226,10 @@ class Source:
         return derived.with_columns(*named, pl.coalesce(faults).alias(REASON))
 
     def days_before(self, day: date, days: int | None = None) -> list[str]:
-        """Names of the partitions of the log's days before `day`, in order: of the last so many days, or of all."""
+        """Names of the partitions from the first day of the log, or so many days before `day`, to the day before it.
+
+        One in between that has no rows is among them, unless `data.without_log` names it.
+        """
         time = self.data.time
         if not self.data.split.by_day or time is None:
             raise ConfigError("a log without data.time and a split by day has no days before; split it by day")
@@ -241,8 +244,8 @@ class Source:
                 rows = frame.select(day=instant).unique().drop_nulls().collect(engine="streaming")
             found = set(rows["day"].to_list())
         first = date.min if days is None else day - timedelta(days=days)
-        earlier = sorted(d for d in found if first <= d < day)
-        return [f"day={d}" for d in self.data.days(earlier[0], earlier[-1]) if d in found] if earlier else []
+        earlier = [d for d in found if first <= d < day]
+        return [f"day={d}" for d in self.data.days(min(earlier), day - timedelta(days=1))] if earlier else []
 
     def item_columns(self, item: str) -> list[str]:
         """What the tables whose key is `item` alone add to the log's columns."""

@@ -67,9 +67,15 @@ def _dated(run: Run, line: Line, oldest: date) -> Iterator[Path]:
     folders.append(run.counts_path("day").parent)
     models = run.output / "models"
     folders += [f for model in models.iterdir() for f in model.iterdir()] if models.is_dir() else []
+    folders += sorted((run.output / "rankings").glob("*"))
     folders.append(run.checks_path("day").parent)
     for folder in folders:
         for target in published(folder):
             day = target.name.removeprefix("day=")
-            if target.name != day and target not in needed | untrained and date.fromisoformat(day) < oldest:
+            if (
+                target.name != day
+                and ".." not in day
+                and target not in needed | untrained
+                and date.fromisoformat(day) < oldest
+            ):
                 yield target

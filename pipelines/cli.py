@@ -161,6 +161,8 @@ def train(run: "Run") -> None:
 
 
 @verb
+@day_option
+@full_option
 @partition_option
 def evaluate(run: "Run", partition: str | None) -> None:
     """Measure the trained model on held-out raw rows."""
@@ -345,6 +347,18 @@ def demo(output: Path, rows: int) -> None:
         from pipelines.demo import demo
 
         demo(output, rows)
+
+
+@main.command("demo-retrieval")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("runs/demo-retrieval"), show_default=True)
+@click.option("--rows", default=100_000, show_default=True, help="Impressions per day.")
+@click.option("--items", default=20_000, show_default=True, help="Of the catalogue, on the first day.")
+def demo_retrieval(output: Path, rows: int, items: int) -> None:
+    """Two stages on a synthetic catalogue: candidates by two towers, put in order by a ranking model, and a report."""
+    with _reported():
+        from pipelines.demo_retrieval import demo_retrieval
+
+        demo_retrieval(output, rows, items)
 
 
 @main.command("production-demo")

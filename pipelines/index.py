@@ -1,6 +1,6 @@
 """index: the corpus through the item tower of a registered model, published as an index to look items up in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,12 @@ def with_derived(run: Run, frame: pl.LazyFrame, columns: list[str]) -> pl.LazyFr
     return frame.with_columns(sql(e, where=f"derive.{name}").alias(name) for name, e in derived.items())
 
 
+def first_rows(rows: pl.LazyFrame, user: str, columns: Sequence[str]) -> pl.DataFrame:
+    """The `columns` of each user's first row, by user; rows without a user do not count."""
+    wanted = rows.select(list(dict.fromkeys([user, *columns]))).filter(pl.col(user).is_not_null())
+    return wanted.unique(subset=user, keep="first", maintain_order=True).sort(user).collect(engine="streaming")
+
+
 def _known(run: Run, bundle: Bundle) -> tuple[list[str], str]:
     """The partitions whose items are the log's corpus, and one with users to measure the index by."""
     source = run.source
@@ -126,10 +132,9 @@ def _sample(run: Run, retrieval: Retrieval, bundle: Bundle, partition: str) -> V
     """Vectors of users of a partition, evenly from their order."""
     user, inputs = retrieval.user, inputs_of(bundle, "query")
     with explained(f"{run.data.path}, {partition}"):
-        rows = with_derived(run, run.source.raw(partition), [user]).filter(pl.col(user).is_not_null())
+        rows = with_derived(run, run.source.raw(partition), [user])
         require(inputs, rows.collect_schema().names(), f"the query side, {partition}")
-        distinct = rows.select(dict.fromkeys([user, *inputs])).unique(subset=user, keep="first", maintain_order=True)
-        users = distinct.sort(user).collect(engine="streaming")
+        users = first_rows(rows, user, inputs)
     if not users.height:
         raise DataError(
             f"{partition}: {run.data.path} has no users to measure the index by; check the path and the day"

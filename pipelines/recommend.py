@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from base.errors import ArtefactError, ConfigError, DataError, did_you_mean
 from base.storage import is_published
 from features.columns import explained, kind_of, require
 from features.schema import carried
+from features.split import EachDay
 from pipelines.config import Retrieval, Run
 from pipelines.config import SecondStage as Ranking
 from pipelines.examples import good_rows
-from pipelines.index import retrieval_of, with_derived
+from pipelines.index import first_rows, retrieval_of, with_derived
 from pipelines.measure import held_out
 from pipelines.tracking import model_of
 from recsys.bundle import Bundle
@@ -28,7 +29,7 @@ from recsys.registry import CHAMPION
 from recsys.retrieval import Pairs
 from recsys.towers import inputs_of, towers_of
 from serving.index import ExactConfig, ItemIndex
-from serving.recommend import OURS, SecondStage, publish_recommendations, sources_of
+from serving.recommend import OURS, Made, SecondStage, publish_recommendations
 
 _USER, _ROW = "__user", "__row"
 
@@ -86,15 +87,20 @@ def recommend(
             on_users=on_users,
         )
         seconds = time.perf_counter() - started
-        ranked = "" if second is None else f", ranked by {second.by} of version {second.version}"
-        fewer = f"; {made.short:,} got fewer, having seen the others" if made.short else ""
-        exactly = f"; {made.exactly:,} searched exactly" if made.exactly else ""
-        say(
-            f"{name}: {made.users:,} users, {run.recommend.k} of {len(index):,} items each by version {version}{ranked}"
-            f", {seconds:.1f} s, {made.users / seconds:,.0f} users/s{fewer}{exactly} -> {target}"
-        )
+        say(f"{name}: {_told(run, index, made, version, second)}, {made.users / seconds:,.0f} users/s -> {target}")
         published.append(target)
     return published
+
+
+def _told(run: Run, index: ItemIndex, made: Made, version: str, second: SecondStage | None) -> str:
+    told = f"{made.users:,} users, {run.recommend.k} of {len(index):,} items each by version {version}"
+    if second is not None:
+        told += f", ordered by {second.by} of version {second.version}"
+    if made.short:
+        told += f"; {made.short:,} got fewer, having seen the others"
+    if made.exactly:
+        told += f"; {made.exactly:,} searched exactly, the index having found too few"
+    return told
 
 
 def _depth(run: Run, index: ItemIndex) -> int:
@@ -142,13 +148,15 @@ def _users_of(
         columns = [user, *inputs_of(bundle, "query")]
         require(columns, present, f"the query side, {partition}")
         if second is not None:
-            wanted_by = f"recommend.ranking, {run.recommend.ranking and run.recommend.ranking.config}"
-            sources_of(second.bundle.inputs, index.items.columns, present, wanted_by=wanted_by)
+            if lost := [c for c in second.from_users if c not in present]:
+                raise DataError(
+                    f"recommend.ranking: it reads column {lost[0]!r}, which is neither in the rows of {partition} nor "
+                    f"in the index ({', '.join(index.items.columns)}); add it to the log, or to the corpus and "
+                    "index.columns, and build the index again"
+                )
             columns += second.from_users
-        rows = rows.select(dict.fromkeys(columns))
         without = rows.select(pl.col(user).is_null().sum()).collect(engine="streaming").item()
-        known = rows.filter(pl.col(user).is_not_null())
-        users = known.unique(subset=user, keep="first", maintain_order=True).sort(user).collect(engine="streaming")
+        users = first_rows(rows, user, columns)
     if not users.height:
         raise DataError(f"{partition}: {run.data.path} has no users to recommend to; check the path and the partition")
     return users, {"rows_without_user": without}
@@ -168,11 +176,10 @@ def _earlier(run: Run, partition: str) -> list[str]:
         day = date.fromisoformat(partition.removeprefix("day="))
     except ValueError:
         raise ConfigError(f"partition {partition!r}: this log is split by day; write day=2026-03-01") from None
-    before = run.source.days_before(day, days)
-    if run.data.split.train is None:
-        return before
-    roles = {*run.source.partitions("train"), *run.source.partitions("valid")}
-    return [p for p in before if p in roles]
+    if isinstance(run.data.split, EachDay):
+        return run.source.days_before(day, days)
+    first = "" if days is None else f"day={day - timedelta(days=days)}"
+    return [p for role in ("train", "valid") for p in run.source.partitions(role) if first <= p < partition]
 
 
 def _seen_by(run: Run, retrieval: Retrieval, users: pl.Series, items: pl.Series, partitions: Sequence[str]) -> Pairs:

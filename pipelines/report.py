@@ -231,7 +231,7 @@ def _how_it_learned(facts: _Facts, drawn: list[Plot]) -> page.Html:
         f"The weights kept are those of epoch {best} of {len(history)}, the best on the validation rows. "
         "Where the training loss falls on and validation gets worse, the model learns rows by heart."
     )
-    went_on = "One pass over the day's rows, from the state of the day before; measured on the day of calibration."
+    went_on = "One pass over the day's rows, from the state of the day before; measured on the day after it."
     text = chosen if "objective" in history[-1] else went_on
     return page.tag("section", page.tag("h2", "How it learned"), page.tag("p", text), page.figures(*figures))
 

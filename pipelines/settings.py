@@ -22,7 +22,8 @@ class Daily(Config):
     """
 
     window_days: PositiveInt = 7
-    """Days that a full training learns from. As long, a row waits between its id's retirement and its next id."""
+    """Days that a full training learns from. As long, a row waits between its id's retirement and its next id; and so
+    far back, from the day that is asked about, a retrieval model's users are known to have seen items."""
     new_rows: NewRows = "mean"
     """How the row of a new id begins: at the `mean` of its table, or at a draw by a `hash` of its number."""
     accumulator_decay: Annotated[float, Field(gt=0, le=1)] = 1.0

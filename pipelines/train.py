@@ -22,7 +22,7 @@ from pipelines.config import Run
 from pipelines.examples import examples_of
 from pipelines.measure import check_outputs, scored_table
 from pipelines.profile import reference_of
-from pipelines.rankings import ranking_of
+from pipelines.rankings import ranking_of, write_ranking
 from pipelines.sparse_tables import described, figures, sentence, with_description
 from pipelines.tracking import registry_of
 from recsys import processes
@@ -35,7 +35,7 @@ from recsys.metrics import evaluate, headline, in_space
 from recsys.registry import TRAINING, ModelRegistry, Registered
 from recsys.retrieval import Ranking
 from recsys.sparsity.soup import soup_of
-from recsys.trainer import Progress, Trained
+from recsys.trainer import Progress, Trained, measured
 
 GOLDEN_ROWS = 64
 
@@ -85,9 +85,12 @@ def fit_window(
     else:
         valid, counts = ranking_of(run, fitted, validation), fitted.counts_of(run.item_feature)
         folders["ranking"] = valid.folder
+    decides: dict[str, Any] = {p: f.name for p, f in folders.items()}
+    if run.retrieval is not None:
+        decides["k"] = run.retrieval.k  # the first chooses the epoch
     options: Any = {
         "device": pick_device(run.device),
-        "identity": hashlib.sha256(dump_json({p: f.name for p, f in folders.items()})).hexdigest(),
+        "identity": hashlib.sha256(dump_json(decides)).hexdigest(),
         "item_counts": counts,
         "corpus": corpus_of(run, fit, valid),
         "on_step": on_step,
@@ -154,17 +157,28 @@ def make_bundle(
         sparsity=run.sparsity,
     )
     if trained.history and "objective" not in trained.history[-1]:
-        found = evaluate(scored_table(run, bundle, run.source.partitions("valid")), bundle.outputs)
-        measured = {f"{o.name}.{k}": v for o in bundle.outputs for k, v in headline(found, o.name).items()}
-        bundle = replace(
-            bundle, metrics={**bundle.metrics, "history": [*trained.history[:-1], trained.history[-1] | measured]}
-        )
+        last = trained.history[-1] | _measured(run, bundle)
+        bundle = replace(bundle, metrics={**bundle.metrics, "history": [*trained.history[:-1], last]})
     bundle = with_description(run, bundle, path_of)
     bundle = replace(bundle, calibrators=_calibrators(run, bundle))
     bundle = replace(bundle, profile=reference_of(run, bundle, path_of))
     held_out = run.source.checked(run.source.partitions("valid")[0]).filter(pl.col(REASON).is_null())
     raw = held_out.select(bundle.inputs).head(GOLDEN_ROWS).collect()
     return replace(bundle, golden=golden_rows(bundle, raw)).save(run.bundle_path, overwrite=True)
+
+
+def _measured(run: Run, bundle: Bundle) -> dict[str, float]:
+    """Metrics on the validation rows; of a retrieval model none where nobody is left to ask."""
+    valid = run.source.partitions("valid")
+    if run.retrieval is None:
+        found = evaluate(scored_table(run, bundle, valid), bundle.outputs)
+        return {f"{o.name}.{k}": v for o in bundle.outputs for k, v in headline(found, o.name).items()}
+    write_ranking(run, bundle.features, valid, overwrite=True, may_be_empty=True, say=lambda _: None)
+    ranking = ranking_of(run, bundle.features, valid)
+    if not ranking.rows():
+        return {}
+    found = measured(bundle.model, ranking, bundle.model, run.train, bundle.device)
+    return {name: value for name, value in found.items() if name != "objective"}
 
 
 def _say(run: Run, trained: Trained, bundle: Bundle, say: Callable[[str], None]) -> None:

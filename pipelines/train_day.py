@@ -7,18 +7,19 @@ run trains all days that are missing up to its own; a run whose day lies behind 
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
 from base.errors import ConfigError, DataError, Superseded
 from base.storage import dump_json, exclusive, is_published, publish, read_manifest, resolve, verify, version_name
-from features.pipeline import changed_rows
+from features.pipeline import FittedPipeline, changed_rows
 from pipelines.config import Run
 from pipelines.daily import prepare_day
 from pipelines.examples import examples_of
 from pipelines.line import Line, adopt, current_line, line_of
 from pipelines.measure import check_outputs
+from pipelines.rankings import ranking_of, write_ranking
 from pipelines.sparse_tables import described, sentence
 from pipelines.tracking import registry_of
 from pipelines.train import corpus_of, fit_window, make_bundle, register
@@ -28,6 +29,7 @@ from recsys.checkpoint import WarmStart
 from recsys.data import ExampleStream
 from recsys.device import pick_device
 from recsys.registry import Registered
+from recsys.retrieval import Ranking
 from recsys.tensors import load_tensors
 from recsys.trainer import Progress, Trained
 
@@ -38,10 +40,9 @@ OnStep = Callable[[Progress], None]
 def train_day(run: Run, *, on_step: OnStep = lambda _: None, say: Say = print) -> Registered:
     """Train to two days before the run's day, calibrate on the day before it, register as challenger.
 
+    A retrieval model has nothing to calibrate: that day chooses the epoch of a full training, and measures the others.
     Raises Superseded if later days are trained already, ArtefactError or DataError if a day is not prepared.
     """
-    if run.retrieval is not None:
-        raise ConfigError(f"train --day: {run.model.name} is trained on a split alone; name one in data.split")
     check_outputs(run)
     if run.sparsity is not None and run.sparsity.soup is not None:
         raise ConfigError("sparsity.soup: a daily model goes on from one training, not from a mean; leave it out")
@@ -68,8 +69,8 @@ def _made(run: Run) -> Bundle | None:
     if not is_published(run.bundle_path):
         return None
     bundle, now = Bundle.load(run.bundle_path), run.model_dump(mode="json")
-    decisive = ("data", "tables", "features", "derive", "model", "train", "sparsity", "ssl", "sampling", "calibrate")
-    return bundle if all(bundle.settings.get(key) == now[key] for key in decisive) else None
+    decisive = ["data", "tables", "features", "derive", "model", "train", "sparsity", "ssl", "sampling", "calibrate"]
+    return bundle if all(bundle.settings.get(key) == now[key] for key in [*decisive, "retrieval"]) else None
 
 
 def _make(run: Run, on_step: OnStep, say: Say) -> Bundle:
@@ -81,7 +82,8 @@ def _make(run: Run, on_step: OnStep, say: Say) -> Bundle:
     calibrated_on = str(run.data.day_before(run.on_day))
     origin = Origin(day=run.day, line=line.name, trained_to=str(run.trained_to), calibrated_on=calibrated_on)
     bundle = make_bundle(run, line.features(run.trained_to), _read(state)[0], line.examples_path, origin)
-    say(f"{run.key}: trained to {run.trained_to}, calibrated on {calibrated_on}, bundle {bundle.version}")
+    beside = "calibrated" if run.retrieval is None else "measured"
+    say(f"{run.key}: trained to {run.trained_to}, {beside} on {calibrated_on}, bundle {bundle.version}")
     if found := described(bundle):
         say(f"{run.key}: {sentence(found)}")
     return bundle
@@ -113,11 +115,15 @@ def _full(run: Run, line: Line, on_step: OnStep, say: Say) -> Path:
         resolve(line.examples_path(p), "examples", made_by="`recsys prepare --full`").name
         for p in (*run.source.partitions("train"), *run.source.partitions("valid"))
     ]
-    decides = {"model": run.model.model_dump(mode="json"), "train": run.train.model_dump(mode="json")}
+    decides: dict[str, Any] = {part: getattr(run, part).model_dump(mode="json") for part in ("model", "train")}
     if run.sparsity is not None:
         decides["sparsity"] = run.sparsity.model_dump(mode="json")
     if run.ssl is not None:
         decides["ssl"] = run.ssl.model_dump(mode="json")
+    if run.retrieval is not None:
+        write_ranking(run, fitted, run.source.partitions("valid"), overwrite=True, say=say)
+        decides["ranking"] = ranking_of(run, fitted, run.source.partitions("valid")).folder.name
+        decides["k"] = run.retrieval.k
     identity = _hash({**decides, "examples": folders, "sampling": run.sampling.negative_rate})
     if is_published(target) and verify(resolve(target, "state")).about["identity"] == identity:
         say(f"{run.key}: trained already")
@@ -168,7 +174,14 @@ def _pass_over(run: Run, line: Line, day: date, on_step: OnStep, say: Say) -> No
     warm = WarmStart(state, changed_rows(known, fitted), run.daily.new_rows, run.daily.accumulator_decay)
     example = resolve(line.examples_path(partition))
     rule = run.daily.model_dump(mode="json", include={"new_rows", "accumulator_decay"})
-    identity = _hash({"state": version_name(state), "examples": example.name, **rule})
+    decides = {"state": version_name(state), "examples": example.name, **rule}
+    counts, ranking = None, None
+    if run.retrieval is not None:
+        counts = fitted.counts_of(run.item_feature)
+    if run.retrieval is not None and run.ssl is not None:
+        ranking = _ranking(run, day, fitted, say)
+        decides["ranking"] = ranking.folder.name
+    identity = _hash(decides)
     trained = processes.train(
         run.model,
         schema,
@@ -180,10 +193,22 @@ def _pass_over(run: Run, line: Line, day: date, on_step: OnStep, say: Say) -> No
         identity=identity,
         warm=warm,
         sparsity=run.sparsity,
-        corpus=corpus_of(run, fit, None),
+        item_counts=counts,
+        corpus=corpus_of(run, fit, ranking),
         on_step=on_step,
     )
     _keep(run, line, day, trained, identity, {partition: read_manifest(example).about}, say)
+
+
+def _ranking(run: Run, day: date, fitted: FittedPipeline, say: Say) -> Ranking:
+    """The question that the model of a training day is measured by: whose items are the corpus of that day's [ssl].
+
+    It depends on the day alone, so that days that are caught up are trained as if each had had its turn.
+    """
+    then = run if day == run.trained_to else run.on(run.data.days(day + timedelta(days=1), run.on_day)[1])
+    valid = then.source.partitions("valid")
+    write_ranking(then, fitted, valid, overwrite=True, may_be_empty=True, say=say)
+    return ranking_of(then, fitted, valid)
 
 
 def _keep(

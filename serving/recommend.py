@@ -4,7 +4,7 @@ In two stages, a ranking model puts the candidates that the index finds in order
 times items nothing ever exists but the pairs that one chunk is given.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,20 +180,3 @@ def _check(parts: Path, user: str, k: int, users: int) -> int:
             "stand among them twice; nothing is published"
         )
     return rows
-
-
-def sources_of(
-    inputs: Sequence[str], items: Sequence[str], users: Sequence[str], *, wanted_by: str
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of the raw columns that a ranking reads, those of the item's row, and the others, of the user's.
-
-    Raises DataError naming one that neither has.
-    """
-    of_item = tuple(c for c in inputs if c in items)
-    of_user = tuple(c for c in inputs if c not in items)
-    if lost := [c for c in of_user if c not in users]:
-        raise DataError(
-            f"{wanted_by}: column {lost[0]!r} is neither in the corpus ({', '.join(items)}) nor in the rows to "
-            "recommend for; add it to the corpus, or to the log"
-        )
-    return of_item, of_user

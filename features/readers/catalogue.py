@@ -82,13 +82,13 @@ _BIRTHS: Final = 0.01  # ids born a day, as a share of the first population
 _REFERENCE_ROWS: Final = 1 << 17
 # Of effects on the logit: standard deviations, and what an interest adds.
 _DISPOSITION_SD: Final = 0.3  # the user's
-_GROUP_QUALITY_SD: Final = 0.25  # of each group's value
+_GROUP_QUALITY_SD: Final = 0.4  # of each group's value
 _OWN_QUALITY_SD: Final = 0.3  # the item's, which no feature shows
-_GROUP_MATCH_SD: Final = 0.7  # of user and each group's value
+_GROUP_MATCH_SD: Final = 0.55  # of user and each group's value
 _OWN_MATCH_SD: Final = 0.3
 _INTEREST: Final = 0.8
 _TASTE_DIM: Final = 4  # of each group
-_TASTE_OF_PERSONA: Final = 0.6  # share of the variance of a user's taste that the persona has
+_TASTE_OF_PERSONA: Final = 0.75  # share of the variance of a user's taste that the persona has
 
 
 class CatalogueConfig(Config):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from base.config import parse_config
 from base.errors import ConfigError
 from recsys import retrieval
-from recsys.retrieval import SLICES, Cuts, Pairs, measure, popularity
+from recsys.retrieval import SLICES, Cuts, Pairs, measure, measure_each, popularity
 
 Lists = list[NDArray[np.int64]]
 
@@ -68,6 +68,19 @@ def test_every_metric_is_that_of_sorting(items: int, chunk: int, monkeypatch: py
     brief = measure(parts, torch.from_numpy(vectors), pairs(seen), pairs(relevant), slices, k, brief=True)
     assert brief.drop("mrr").equals(table.filter(slice="all").drop("mrr"))
     assert brief["mrr"].null_count() == 2
+
+
+def test_each_querys_recall_has_the_means_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "_CHUNK", 60 * 7)
+    queries, vectors, seen, relevant, counts = question(40, 60)
+    slices = popularity(counts, Cuts())
+    parts = torch.from_numpy(queries).split(13)
+    found = measure_each(parts, torch.from_numpy(vectors), pairs(seen), pairs(relevant), slices, (12, 3))
+    assert found.recall_QS.shape == (40, len(SLICES))
+    assert [np.isnan(row[0]) for row in found.recall_QS] == [not len(r) for r in relevant]
+    table = found.table.filter(k=12)
+    np.testing.assert_allclose(np.nanmean(found.recall_QS, axis=0), table["recall"], rtol=1e-12)
+    assert np.isfinite(found.recall_QS).sum(axis=0).tolist() == table["users"].to_list()
 
 
 def test_the_fast_search_finds_what_topk_finds() -> None:
