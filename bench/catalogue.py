@@ -18,9 +18,10 @@ import torch
 from pydantic import TypeAdapter
 
 from base.config import load_config
-from bench.rankers import ROOT, Kind, Log, asking_fewer, figures, log_of, trained_model
+from base.storage import read_manifest, resolve
+from bench.rankers import ROOT, K, Kind, Log, asking_fewer, figures, log_of, trained_model
 from features.readers.catalogue import CatalogueConfig, Truth
-from pipelines.config import Run
+from pipelines.config import Recommend, Run
 from pipelines.generate import generate
 from pipelines.index import index
 from pipelines.train import make_bundle
@@ -39,20 +40,24 @@ QUERIES, TURNS = 1_000, 5
 _CELLS = 2**22
 """Scores of the truth computed at a time."""
 _RECOMMEND = """
-import sys
-from pipelines.cli import main
-try:
-    main(sys.argv[1:])
-finally:
-    print(*(line for line in open("/proc/self/status") if line.startswith("VmHWM:")), file=sys.stderr)
+import json, sys, time
+from pathlib import Path
+from bench.catalogue import catalogue_run
+from pipelines.recommend import recommend
+run = catalogue_run(Path(sys.argv[1]))
+begun = time.perf_counter()
+recommend(run, model=str(run.bundle_path), overwrite=True, say=lambda _: None)
+seconds = time.perf_counter() - begun
+(peak,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+print(json.dumps({"seconds": seconds, "peak": int(peak.split()[1]) * 1024}))
 """
-"""The command line, and the most memory that its process ever held."""
+"""What `recsys recommend` does in a process of its own, and the most memory that it ever held."""
 
 
 def catalogue_config(*, quick: bool) -> CatalogueConfig:
     """A million items in 2,000 themes, 200,000 clicks a day."""
     if quick:
-        return CatalogueConfig(items=5_000, users=2_000, themes=100, rows_per_day=20_000)
+        return CatalogueConfig(items=12_000, users=2_000, themes=100, rows_per_day=20_000)
     return CatalogueConfig(items=1_000_000, users=20_000, themes=2_000, rows_per_day=1_000_000)
 
 
@@ -64,20 +69,16 @@ def catalogue_key(config: CatalogueConfig) -> dict[str, Any]:
     return {"log": json.loads(config.model_dump_json()), "generator": generator, **asked}
 
 
-def settings_of(folder: Path) -> list[str]:
-    """What differs from the run file for a log in `folder`."""
+def catalogue_run(folder: Path) -> Run:
+    """Two towers on a log in `folder`, whose items are recommended without a second stage."""
     items = f"{folder}/logs/items/*.parquet"
-    return [
+    settings = [
         f'output="{folder}"',
         f'data.path="{folder}/logs/day=*/*.parquet"',
         f'tables=[{{ path = "{items}", on = "item_id" }}]',
         f'retrieval.items="{items}"',
     ]
-
-
-def catalogue_run(folder: Path) -> Run:
-    """Two towers on a log in `folder`."""
-    return load_config(Run, RUN, settings_of(folder))
+    return load_config(Run, RUN, settings).model_copy(update={"recommend": Recommend(k=K)})
 
 
 def catalogue_log(config: CatalogueConfig, run: Run, seed: int) -> Log:
@@ -137,13 +138,10 @@ def _searched(path: Path, bundle: Bundle, queries_QD: Any, run: Run) -> dict[str
 
 
 def recommended(run: Run) -> dict[str, float]:
-    """Users per second of `recsys recommend` as a process of its own, from its start to its end, and its peak bytes."""
-    settings = [f"--set={s}" for s in settings_of(run.output)]
-    command = [sys.executable, "-c", _RECOMMEND, "recommend", "--config", str(RUN), "--model", str(run.bundle_path)]
-    begun = time.perf_counter()
-    done = subprocess.run([*command, "--overwrite", *settings], cwd=ROOT, capture_output=True, text=True, check=True)
-    seconds = time.perf_counter() - begun
-    (peak,) = [line.split()[1] for line in done.stderr.splitlines() if line.startswith("VmHWM:")]
+    """Users per second of `recsys recommend`, its start apart, and its peak bytes."""
+    command = [sys.executable, "-c", _RECOMMEND, str(run.output)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    told = json.loads(done.stdout.splitlines()[-1])
     (name,) = run.source.partitions("test")
-    about = json.loads((run.recommendations_path(name).resolve() / "manifest.json").read_text())["about"]
-    return {"users_per_second": about["users"] / seconds, "peak": float(peak) * 1024}
+    users = read_manifest(resolve(run.recommendations_path(name))).about["users"]
+    return {"users_per_second": users / told["seconds"], "peak": float(told["peak"])}
