@@ -151,7 +151,7 @@ SYNTHETIC_KINDS = (
     Kind("two-tower, RFM", {"masking": "rfm"}),
     Kind("two-tower, CFM", {"masking": "cfm"}),
 )
-SERVED = SYNTHETIC_KINDS[-1]
+SERVED, SERVING = SYNTHETIC_KINDS[-1], "serving | a million items"
 PUBLISHED = "| LightGCN, as its PyTorch repository reports | .1824 | .1547 |"
 FUNNEL = conversion.LOGS[1]
 _OF_ITEM = {"item": ["item_id", "advertiser", "category", "tags"]}
@@ -331,7 +331,7 @@ def synthetic_jobs(work: Path, *, quick: bool) -> list[records.Job]:
     jobs = _jobs_of("synthetic", log_of_seed, run, SYNTHETIC_KINDS, (), common, quick=quick)
     jobs.insert(0, records.Job("synthetic | oracle", {**common, "peer": "oracle"}, jobs[0].seeds, truth))
     key = {**common, **identity(SERVED.of(run)), "indexes": catalogue.INDEXES}
-    return [*jobs, records.Job("serving | a million items", key, 1, serving)]
+    return [*jobs, records.Job(SERVING, key, 1, serving)]
 
 
 def esmm_jobs(work: Path, *, quick: bool, choose: bool) -> list[records.Job]:
@@ -384,6 +384,7 @@ _OF_NEW = {
     "Recall@20, new": "recall_cold",
     "NDCG@20, new": "ndcg_cold",
 }
+_OF_SYNTHETIC = {**_BY_SLICE, "never clicked": "recall_cold"}
 _OF_ESMM = {"pCVR AUC, clicked": "clicked_auc", "pCVR AUC, all": "entire_auc", "pCTCVR AUC, all": "ctcvr_auc"}
 
 
@@ -392,6 +393,7 @@ def tables(file: Path = RECORDS) -> dict[str, str]:
     movielens = ["popularity", *(k.name for k in (*MOVIELENS_PEERS, *MOVIELENS_KINDS))]
     new = ["popularity", *(k.name for k in (*MOVIELENS_PEERS, *NEW_KINDS))]
     gowalla = ["popularity", *(k.name for k in (*GOWALLA_PEERS, *GOWALLA_KINDS))]
+    synthetic = ["oracle", "popularity", *(k.name for k in SYNTHETIC_KINDS)]
     esmm = [k.name for k in ESMM_KINDS]
     published = f"{PUBLISHED}{' |' * (len(_OF_LOG) - 1)}"
     of_gowalla = _table(file, "gowalla", gowalla, _OF_LOG)
@@ -401,6 +403,9 @@ def tables(file: Path = RECORDS) -> dict[str, str]:
         "new items": _table(file, "new items", new, _OF_NEW),
         "new items gains": _gains(file, "new items", NEW_KINDS, _OF_NEW),
         "gowalla": of_gowalla and f"{of_gowalla}\n{published}",
+        "synthetic": _table(file, "synthetic", synthetic, _OF_SYNTHETIC),
+        "synthetic gains": _gains(file, "synthetic", SYNTHETIC_KINDS, _OF_SYNTHETIC),
+        "serving": serving_table(file),
         "esmm": _table(file, "esmm", esmm, _OF_ESMM),
         "esmm gains": _gains(file, "esmm", ESMM_KINDS, _OF_ESMM),
     }
@@ -438,6 +443,42 @@ def _gains(file: Path, part: str, kinds: Sequence[Kind], columns: Mapping[str, s
             cells.append(f"{x.mean():+.4f} ± {x.std(ddof=1):.4f} ({(x > 0).sum()})")
         lines.append(f"| {kind.name} | {' | '.join(cells)} | {len(seeds)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def serving_table(file: Path) -> str:
+    """By kind of index."""
+    figures = [f"{kind}_{what}" for kind in catalogue.INDEXES for what in _OF_INDEX]
+    rows = records.summary(file, [SERVING], figures)
+    if not rows:
+        return ""
+    (row,) = rows
+    columns = [
+        "recall@20 of exact search",
+        "build",
+        "on disk",
+        "queries/s",
+        "users/s of `recommend`",
+        "its peak memory",
+    ]
+    lines = [f"| index | {' | '.join(columns)} | runs |", "|---" * (len(columns) + 2) + "|"]
+    for kind in catalogue.INDEXES:
+        cells = [show(row[f"{kind}_{what}"]) for what, show in _OF_INDEX.items()]
+        lines.append(f"| {kind} | {' | '.join(cells)} | {row['n']} |")
+    return "\n".join(lines)
+
+
+def _mebibytes(number: float) -> str:
+    return f"{number / 2**20:,.0f} MiB"
+
+
+_OF_INDEX: dict[str, Callable[[float], str]] = {
+    "recall": "{:.4f}".format,
+    "build_seconds": "{:,.0f} s".format,
+    "bytes": _mebibytes,
+    "queries_per_second": "{:,.0f}".format,
+    "users_per_second": "{:,.0f}".format,
+    "peak": _mebibytes,
+}
 
 
 if __name__ == "__main__":

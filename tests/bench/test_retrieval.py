@@ -9,8 +9,9 @@ import polars as pl
 import pytest
 import torch
 
-from bench import rankers, records
+from bench import catalogue, rankers, records
 from bench import retrieval as bench
+from features.readers.catalogue import CatalogueConfig
 from recsys.retrieval import COUNT, ITEM, ITEMS, RELEVANT, SEEN, USER, USERS
 
 MOVIES, PEOPLE = 60, 80
@@ -125,6 +126,25 @@ def test_every_ssl_of_esmm_is_of_the_item(tmp_path: Path) -> None:
     assert all(job.config["model"] == first.config["model"] for job in others)
 
 
+def test_the_truth_ranks_clicks_best(tmp_path: Path) -> None:
+    config = CatalogueConfig(items=400, users=200, themes=10, rows_per_day=4_000)
+    log = catalogue.catalogue_log(config, catalogue.catalogue_run(tmp_path), 3)
+    best = catalogue.oracle(config.model_copy(update={"seed": 3}), log.test, catalogue.DAYS - 1)
+    other = catalogue.oracle(config.model_copy(update={"seed": 4}), log.test, catalogue.DAYS - 1)
+    assert best["recall_all"] > 2 * other["recall_all"]
+    assert best["recall_all"] > 1.5 * rankers.popularity(log).figures(log.test)["recall_all"]
+
+
+def test_fewer_users_are_asked_the_same(movielens: Path, tmp_path: Path) -> None:
+    whole = log_of(movielens, tmp_path, "rating > 3").test
+    fewer = rankers.asking_fewer(whole, 10, tmp_path / "fewer")
+    users, all_users = (pl.read_parquet(r.folder / USERS) for r in (fewer, whole))
+    assert users.height == 10
+    assert users.equals(all_users.filter(pl.col(USER).is_in(users[USER].implode())))
+    assert pl.read_parquet(fewer.folder / ITEMS).equals(pl.read_parquet(whole.folder / ITEMS))
+    assert rankers.asking_fewer(whole, 1000, tmp_path / "all") is whole
+
+
 # --- the tables -------------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +182,16 @@ def test_what_was_published_stands_below_gowalla(tmp_path: Path) -> None:
     head, _, _, landmark = bench.tables(written(tmp_path, record("gowalla | popularity", 0.1)))["gowalla"].splitlines()
     assert ".1824" in landmark
     assert landmark.count("|") == head.count("|")
+
+
+def test_an_index_is_a_row_of_what_serving_it_takes(tmp_path: Path) -> None:
+    figures = {"recall": 0.98765, "build_seconds": 61.4, "bytes": 3 * 2**20, "queries_per_second": 1234.5}
+    figures |= {"users_per_second": 987.6, "peak": 2**31}
+    found = {f"{kind}_{name}": value for kind in catalogue.INDEXES for name, value in figures.items()}
+    head, _, *rows = bench.serving_table(written(tmp_path, {"name": bench.SERVING, **found})).splitlines()
+    assert [row.split(" | ")[0] for row in rows] == ["| exact", "| hnsw", "| ivf_pq"]
+    assert rows[1] == "| hnsw | 0.9877 | 61 s | 3 MiB | 1,234 | 988 | 2,048 MiB | 1 |"
+    assert head.count("|") == rows[1].count("|")
 
 
 def test_without_records_there_are_no_tables(tmp_path: Path) -> None:
