@@ -164,7 +164,13 @@ ESMM_KINDS = (
         {**_OF_ITEM, "masking": "cfm", "embedding_masking": 0.1, "eliminate_false_negatives": True},
     ),
 )
-ESMM_TRIED: tuple[Kind, ...] = ()
+ESMM_TRIED = (
+    ESMM_KINDS[0],
+    *(
+        Kind(f"CFM, alpha {a:g}, its temperature {t:g}", {**_OF_ITEM, "masking": "cfm", "alpha": a, "temperature": t})
+        for a, t in ((0.01, 0.1), (0.1, 0.1), (1.0, 0.1), (0.1, 0.5))
+    ),
+)
 
 
 def main() -> None:
