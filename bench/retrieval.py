@@ -98,33 +98,39 @@ MOVIELENS_PEERS = (
     Peer("implicit ALS", "als", {**_PEER, "regularization": 100.0, "alpha": 16.0}),
     Peer("implicit BPR", "bpr", {**_PEER, "learning_rate": 0.01, "regularization": 1e-4, "iterations": 30}),
 )
-PEERS_TRIED = (
-    *(
+_ALS_TRIED = {
+    **{0.01: (1.0, 4.0, 16.0), 1.0: (1.0, 4.0, 16.0), 10.0: (1.0, 4.0, 16.0), 30.0: (1.0, 4.0, 8.0, 16.0)},
+    **{100.0: (4.0, 8.0, 16.0, 32.0), 200.0: (8.0, 16.0, 32.0)},
+}
+"""Weights of the positives, by regularization."""
+_BPR_TRIED = {
+    **{(0.01, 1e-4): (30, 100), (0.01, 1e-3): (30, 60, 100), (0.01, 0.01): (10, 30, 100, 300)},
+    **{(0.01, 0.1): (100,), (0.05, 1e-3): (10,), (0.05, 0.01): (10, 100)},
+}
+"""Iterations, by learning rate and regularization."""
+
+
+def _als(tried: Mapping[float, Sequence[float]]) -> list[Peer]:
+    return [
         Peer(f"implicit ALS, regularization {r:g}, alpha {a:g}", "als", {**_PEER, "regularization": r, "alpha": a})
-        for r, alphas in (
-            *(
-                (0.01, (1.0, 4.0, 16.0)),
-                (1.0, (1.0, 4.0, 16.0)),
-                (10.0, (1.0, 4.0, 16.0)),
-                (30.0, (1.0, 4.0, 8.0, 16.0)),
-            ),
-            *((100.0, (4.0, 8.0, 16.0, 32.0)), (200.0, (8.0, 16.0, 32.0))),
-        )
+        for r, alphas in tried.items()
         for a in alphas
-    ),
-    *(
+    ]
+
+
+def _bpr(tried: Mapping[tuple[float, float], Sequence[int]]) -> list[Peer]:
+    return [
         Peer(
             f"implicit BPR, learning rate {rate:g}, regularization {r:g}, {n} iterations",
             "bpr",
             {**_PEER, "learning_rate": rate, "regularization": r, "iterations": n},
         )
-        for rate, r, iterations in (
-            *((0.01, 1e-4, (30, 100)), (0.01, 1e-3, (30, 60, 100)), (0.01, 0.01, (10, 30, 100, 300))),
-            *((0.01, 0.1, (100,)), (0.05, 1e-3, (10,)), (0.05, 0.01, (10, 100))),
-        )
+        for (rate, r), iterations in tried.items()
         for n in iterations
-    ),
-)
+    ]
+
+
+MOVIELENS_PEERS_TRIED = (*_als(_ALS_TRIED), *_bpr(_BPR_TRIED))
 _NO_ID = {"item": ["genres", "year", "title_words"]}
 NEW_KINDS = (*(replace(k, model=_NO_ID) for k in MOVIELENS_KINDS), Kind("two-tower, with the id"))
 """Without the id, which says nothing of a new item: chosen by the validation rows' recall of new items."""
@@ -144,6 +150,10 @@ GOWALLA_TRIED = tuple(
     for t, rate in ((0.1, 0.1), (0.15, 0.1), (0.2, 0.1), (0.15, 0.2))
 )
 GOWALLA_PEERS = MOVIELENS_PEERS
+GOWALLA_PEERS_TRIED = (
+    *_als({1.0: (1.0,), 10.0: (4.0, 16.0), 30.0: (16.0, 64.0), 100.0: (16.0, 32.0, 64.0, 128.0)}),
+    *_bpr({(0.01, 1e-3): (100,), (0.01, 0.01): (100,), (0.05, 1e-3): (100,)}),
+)
 SYNTHETIC = Kind("", train={"batch_size": 1024, "epochs": 4, "patience": 2})
 SYNTHETIC_KINDS = (
     Kind("two-tower"),
@@ -247,7 +257,7 @@ def movielens_jobs(data: Path, work: Path, *, quick: bool, choose: bool) -> list
     without = {**common, "new_items": COLD}
     how = {"quick": quick, "choose": choose}
     if choose:
-        tried = _jobs_of("ml-1m, tried", lambda _: log, run, MOVIELENS_TRIED, PEERS_TRIED, common, **how)
+        tried = _jobs_of("ml-1m, tried", lambda _: log, run, MOVIELENS_TRIED, MOVIELENS_PEERS_TRIED, common, **how)
         return tried + _jobs_of("new items, tried", without_new, run, NEW_TRIED, (), without, **how)
     jobs = _jobs_of("ml-1m", lambda _: log, run, MOVIELENS_KINDS, MOVIELENS_PEERS, common, **how)
     return jobs + _jobs_of("new items", without_new, run, NEW_KINDS, MOVIELENS_PEERS, without, **how)
@@ -260,7 +270,7 @@ def gowalla_jobs(data: Path, work: Path, *, quick: bool, choose: bool) -> list[r
     common = {"bench": "retrieval", "rows": _rows(log), "quick": quick}
     how = {"quick": quick, "choose": choose}
     if choose:
-        return _jobs_of("gowalla, tried", lambda _: log, run, GOWALLA_TRIED, PEERS_TRIED, common, **how)
+        return _jobs_of("gowalla, tried", lambda _: log, run, GOWALLA_TRIED, GOWALLA_PEERS_TRIED, common, **how)
     return _jobs_of("gowalla", lambda _: log, run, GOWALLA_KINDS, GOWALLA_PEERS, common, **how)
 
 
