@@ -73,7 +73,10 @@ MOVIELENS_KINDS = (
 MOVIELENS_TRIED = (
     *(
         Kind(f"temperature {t:g}, table rate {rate:g}", model={"temperature": t}, train={"table_learning_rate": rate})
-        for t, rate in ((0.07, 0.1), (0.1, 0.1), (0.2, 0.1), (0.3, 0.1), (0.2, 0.05), (0.2, 0.2))
+        for t, rate in (
+            *((0.07, 0.1), (0.1, 0.1), (0.2, 0.1), (0.3, 0.1)),
+            *((0.2, 0.05), (0.2, 0.2), (0.2, 0.4), (0.2, 0.8), (0.15, 0.4)),
+        )
     ),
     Kind(
         "temperature 0.1, table rate 0.1, a hidden layer of 128 each",
