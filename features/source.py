@@ -243,9 +243,11 @@ class Source:
                 assert instant is not None
                 rows = frame.select(day=instant).unique().drop_nulls().collect(engine="streaming")
             found = set(rows["day"].to_list())
-        first = date.min if days is None else day - timedelta(days=days)
-        earlier = [d for d in found if first <= d < day]
-        return [f"day={d}" for d in self.data.days(min(earlier), day - timedelta(days=1))] if earlier else []
+        earlier = [d for d in found if d < day]
+        if not earlier:
+            return []
+        first = min(earlier) if days is None else max(min(earlier), day - timedelta(days=days))
+        return [f"day={d}" for d in self.data.days(first, day - timedelta(days=1))]
 
     def item_columns(self, item: str) -> list[str]:
         """What the tables whose key is `item` alone add to the log's columns."""

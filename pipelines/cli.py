@@ -356,9 +356,12 @@ def demo(output: Path, rows: int) -> None:
 def demo_retrieval(output: Path, rows: int, items: int) -> None:
     """Two stages on a synthetic catalogue: candidates by two towers, put in order by a ranking model, and a report."""
     with _reported():
+        from base.config import parse_config
+        from features.readers.catalogue import CatalogueConfig
         from pipelines.demo_retrieval import demo_retrieval
 
-        demo_retrieval(output, rows, items)
+        log = parse_config(CatalogueConfig, {"rows_per_day": rows, "items": items}, source="demo-retrieval")
+        demo_retrieval(output, log)
 
 
 @main.command("production-demo")

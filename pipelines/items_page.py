@@ -54,7 +54,7 @@ def section(run: Run, bundle: Bundle, ranking: Ranking, partitions: Sequence[str
     for i, place in enumerate(found.items_X.tolist()):
         own = named.row(place, named=True)
         rows = [(place, None), *zip(found.nearest_XK[i].tolist(), found.cosine_XK[i].tolist(), strict=True)]
-        title = f"{run.retrieval.item} {own[ITEM]}: {own['slice']}, {own[COUNT]:,} training rows"
+        title = f"{run.retrieval.item} {own[ITEM]}: {own['slice']}, training rows: {own[COUNT]:,}"
         parts += [page.tag("h3", title), _table(named, known, rows, columns, run.retrieval.item)]
     return page.tag(
         "section",

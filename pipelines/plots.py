@@ -352,7 +352,8 @@ def stages(name: str, before: Sequence[Stage], last: Sequence[Stage]) -> Plot:
         for place, stage in enumerate(lines):
             colour = MODEL if place < len(before) or place == len(lines) - 1 else MUTED
             axes.barh(place, stage.recall, left=-stage.recall / 2, height=0.56, color=colour, alpha=0.8)
-            axes.text(0, place - 0.31, f"{stage.label}: {stage.items:,} items", ha="center", va="bottom", fontsize=9)
+            axes.text(0, place - 0.31, f"{stage.label}: {stage.items:,} items", ha="center", va="bottom", fontsize=9,
+                      bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1})  # fmt: skip
             inside = stage.recall > 0.16
             axes.text(0 if inside else stage.recall / 2 + 0.015, place, f"{stage.recall:.1%}", va="center",
                       ha="center" if inside else "left", fontsize=9, color=PAPER if inside else INK)  # fmt: skip

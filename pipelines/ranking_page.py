@@ -12,9 +12,9 @@ from pipelines.plots import Plot
 
 _METRICS = {
     "recall": "share of what a user should get that is shown",
-    "ndcg": "the same, with more for the first places",
-    "map": "precision at the hits, averaged",
-    "mrr": "1 / rank of the first hit, in the whole ranking",
+    "NDCG": "the same, with more for the first places",
+    "MAP": "precision at the hits, averaged",
+    "MRR": "1 / rank of the first hit, in the whole ranking",
     "coverage": "share of the items that are shown to anybody",
 }
 
@@ -26,7 +26,7 @@ def section(table: pl.DataFrame, retrieval: Retrieval, drawn: list[Plot]) -> Htm
     for k in retrieval.k:
         head = ["items", "number", "users", *_METRICS]
         rows = [
-            [r["slice"], f"{r['items']:,}", f"{r['users']:,}", *(page.number(r[m], ".4f") for m in _METRICS)]
+            [r["slice"], f"{r['items']:,}", f"{r['users']:,}", *(page.number(r[m.lower()], ".4f") for m in _METRICS)]
             for r in table.filter(pl.col("k") == k).iter_rows(named=True)
         ]
         parts += [page.tag("h3", f"The first {k}"), page.table(head, rows)]

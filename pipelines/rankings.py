@@ -42,9 +42,11 @@ class Towers:
 
 def ranking_of(run: Run, fitted: FittedPipeline, partitions: Sequence[str]) -> Ranking:
     """The published question about `partitions`. Raises DataError if other features or settings made it."""
-    target = run.ranking_path(partitions)
+    return _published(run, run.ranking_path(partitions), _towers_of(run, fitted), partitions)
+
+
+def _published(run: Run, target: Path, towers: Towers, partitions: Sequence[str]) -> Ranking:
     folder = resolve(target, KIND, made_by="`recsys prepare`")
-    towers = _towers_of(run, fitted)
     about = _about(run, towers, _seen_before(run, partitions), partitions)
     if not about.items() <= read_manifest(folder).about.items():
         raise DataError(f"{target}: made by other features, settings or files; run `recsys prepare --overwrite`")
@@ -84,7 +86,7 @@ def ask(
         bundles[run.ranking_path(partitions, of_champion=True)] = champion
     asked = {target: _towers_in(bundle) for target, bundle in bundles.items()}
     _write(run, asked, partitions, overwrite=True, may_be_empty=may_be_empty, say=lambda _: None)
-    return [Ranking(resolve(t, KIND), towers.schema, _settings(run).cuts) for t, towers in asked.items()]
+    return [_published(run, target, towers, partitions) for target, towers in asked.items()]
 
 
 def _write(

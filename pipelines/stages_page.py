@@ -13,7 +13,7 @@ from pipelines.page import Html
 from pipelines.plots import Plot, Stage
 from recsys.bundle import Bundle
 from recsys.retrieval import ITEM, ITEMS, RELEVANT, SLICES, USER, USERS, Ranking
-from serving.recommend import KIND
+from serving.recommend import KIND, PLACE
 
 _PLACE = "@place"
 
@@ -23,7 +23,7 @@ class Recommended:
     """What was published for the users of a partition."""
 
     lists: pl.DataFrame
-    """Raw `user` and `item`, a row per item that a user is shown."""
+    """Raw `user` and `item`, and `place` from 1: a row per item that a user is shown."""
     k: int
     depth: int
     """How many items were looked up for a user."""
@@ -84,7 +84,7 @@ def recommended(run: Run, bundle: Bundle, name: str) -> Recommended | None:
     about = read_manifest(folder).about
     if about["bundle"] != bundle.version:
         return None
-    raw = {"user": pl.col(run.retrieval.user), "item": pl.col(run.retrieval.item)}
+    raw = {"user": pl.col(run.retrieval.user), "item": pl.col(run.retrieval.item), "place": pl.col(PLACE)}
     lists = pl.scan_parquet(folder / "part-*.parquet").select(**raw).collect(engine="streaming")
     return Recommended(lists, about["k"], about["depth"], about.get("ranking", {}).get("by"))
 

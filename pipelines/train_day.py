@@ -68,9 +68,15 @@ def _made(run: Run) -> Bundle | None:
     """The day's bundle, if it was made with the same settings: what was registered once stays what it is."""
     if not is_published(run.bundle_path):
         return None
-    bundle, now = Bundle.load(run.bundle_path), run.model_dump(mode="json")
-    decisive = ["data", "tables", "features", "derive", "model", "train", "sparsity", "ssl", "sampling", "calibrate"]
-    return bundle if all(bundle.settings.get(key) == now[key] for key in [*decisive, "retrieval"]) else None
+    bundle = Bundle.load(run.bundle_path)
+    return bundle if _decisive(bundle.settings) == _decisive(run.model_dump(mode="json")) else None
+
+
+def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("data", "tables", "features", "derive", "model", "train", "sparsity", "ssl", "sampling", "calibrate")
+    retrieval = settings.get("retrieval") or {}
+    slices = ("head", "torso")  # these only say what is told of it
+    return {n: settings.get(n) for n in names} | {n: v for n, v in retrieval.items() if n not in slices}
 
 
 def _make(run: Run, on_step: OnStep, say: Say) -> Bundle:

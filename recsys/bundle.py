@@ -47,7 +47,7 @@ class Origin(Config):
     trained_to: Day | None = None
     """The last day that it was trained on."""
     calibrated_on: Day | None = None
-    """The day that it was calibrated on, and whose rows are its golden ones."""
+    """The day that it was calibrated or, a retrieval model, measured on, and whose rows are its golden ones."""
 
 
 NOWHERE = Origin()

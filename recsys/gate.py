@@ -84,7 +84,16 @@ class RecallMargins(Config):
 
 
 class RetrievalGates(Config):
-    """What a retrieval model must keep to: recall at the first of `retrieval.k`, the mean over users."""
+    """What a retrieval model must keep to: recall at the first of `retrieval.k`, the mean over users.
+
+    Simulated share of candidates refused, for any reason (three relevant items a user, of which the champion finds a
+    quarter; a fifth of them drawn anew for the candidate; half of them head, a twentieth cold; default settings; 200
+    candidates on 1,000 users, 100 on 10,000):
+
+        candidate's true loss of recall     0    0.005    0.015    same with unsure = "refuse"
+        1,000 users                       4 %     20 %     90 %    92 %, 99 %, 100 %
+        10,000 users                      0 %     59 %    100 %    31 %, 96 %, 100 %
+    """
 
     margins: RecallMargins = RecallMargins()
     min_recall: Annotated[float, Field(ge=0, le=1)] | Literal["chance", "popularity"] = "chance"

@@ -164,10 +164,32 @@ class ItemIndex:
 
     def search(self, queries_QD: Vectors, seen: tuple[Places, Places], k: int) -> Found:
         """The first `k` items of each query without those seen: rows_X, ascending, and places_X, ascending in a row."""
-        rows_X, seen_X = seen
         queries, items = len(queries_QD), len(self)
-        hidden_X = rows_X.astype(np.int64) * items + seen_X
-        seen_Q = np.bincount(rows_X, minlength=queries)
+        hidden_X = seen[0].astype(np.int64) * items + seen[1]
+        seen_Q = np.bincount(seen[0], minlength=queries)
+        places_QK, similarity_QK = self._by_index(queries_QD, hidden_X, seen_Q, k)
+        short_X = np.flatnonzero((places_QK >= 0).sum(1) < np.minimum(k, items - seen_Q))
+        for which_C in _cut(short_X, items):
+            places_QK[which_C], similarity_QK[which_C] = self._exact(queries_QD[which_C], which_C, hidden_X, k)
+        return Found(places_QK, similarity_QK, len(short_X))
+
+    def recall(self, queries_QD: Vectors, k: int) -> float:
+        """Share of the first `k` items of an exact search that the index itself finds; of equal ones any."""
+        queries = len(queries_QD)
+        nothing = np.empty(0, dtype=np.int64)
+        _, found_QK = self._by_index(queries_QD, nothing, np.zeros(queries, dtype=np.int64), k)
+        hits = 0
+        for which_C in _cut(np.arange(queries), len(self)):
+            _, best_CK = self._exact(queries_QD[which_C], which_C, nothing, k)
+            least_C1 = best_CK[:, -1:]
+            hits += int((found_QK[which_C] >= least_C1 - 1e-6 * np.maximum(1, np.abs(least_C1))).sum())
+        return hits / (queries * k)
+
+    def _by_index(
+        self, queries_QD: Vectors, hidden_X: NDArray[np.int64], seen_Q: NDArray[np.int64], k: int
+    ) -> tuple[NDArray[np.int64], Vectors]:
+        """Places and similarities as in `Found`, of which an approximate index may leave some out."""
+        queries, items = len(queries_QD), len(self)
         places_QK = np.full((queries, k), -1, dtype=np.int64)
         similarity_QK = np.full((queries, k), -np.inf, dtype=np.float32)
         # FAISS takes one number for all queries of a call: those who have seen much would slow down all others.
@@ -178,21 +200,7 @@ class ItemIndex:
                 is_hidden = (places_CA < 0) | _contains(hidden_X, which_C[:, None] * items + places_CA)
                 similarity_CA[is_hidden] = -np.inf
                 places_QK[which_C], similarity_QK[which_C] = _best(places_CA, similarity_CA, k)
-        short_X = np.flatnonzero((places_QK >= 0).sum(1) < np.minimum(k, items - seen_Q))
-        for which_C in _cut(short_X, items):
-            places_QK[which_C], similarity_QK[which_C] = self._exact(queries_QD[which_C], which_C, hidden_X, k)
-        return Found(places_QK, similarity_QK, len(short_X))
-
-    def recall(self, queries_QD: Vectors, k: int) -> float:
-        """Share of the first `k` items of an exact search that it finds; of equal ones any."""
-        nothing = np.empty(0, dtype=np.int64)
-        found = self.search(queries_QD, (nothing, nothing), k)
-        hits = 0
-        for which_C in _cut(np.arange(len(queries_QD)), len(self)):
-            _, best_CK = self._exact(queries_QD[which_C], which_C, nothing, k)
-            least_C1 = best_CK[:, -1:]
-            hits += int((found.similarity_QK[which_C] >= least_C1 - 1e-6 * np.maximum(1, np.abs(least_C1))).sum())
-        return hits / (len(queries_QD) * k)
+        return places_QK, similarity_QK
 
     @property
     def _refine(self) -> int:
@@ -312,7 +320,8 @@ def _built(settings: ExactConfig | HNSWConfig | IVFPQConfig, vectors_ID: Vectors
         case IVFPQConfig():
             lists, subvectors = _divided(settings, items, dimension)
             index = faiss.index_factory(dimension, f"IVF{lists},PQ{subvectors}x8", faiss.METRIC_INNER_PRODUCT)
-            index.pq.cp.max_points_per_centroid = 2 * _TRAINING_ITEMS  # more takes longer and finds nothing more
+            for learning in (index.cp, index.pq.cp):
+                learning.max_points_per_centroid = 2 * _TRAINING_ITEMS  # more takes longer and finds nothing more
             index.nprobe = min(settings.probes, lists)
         case _:
             assert_never(settings)

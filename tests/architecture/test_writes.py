@@ -24,6 +24,7 @@ FUNCTIONS = {  # by the module that has them, with the position of the destinati
     "os": dict.fromkeys(("rename", "renames", "replace", "symlink", "link"), 1)
     | dict.fromkeys(("open", "remove", "unlink", "rmdir", "removedirs", "truncate", "utime", "chmod"), 0),
     "shutil": dict.fromkeys(("move", "copy", "copy2", "copyfile", "copytree", "unpack_archive"), 1) | {"rmtree": 0},
+    "faiss": {"write_index": 1},
     "json": {"dump": 1},
     "yaml": {"dump": 1},
     "np": dict.fromkeys(("save", "savez", "savez_compressed", "savetxt"), 0),
@@ -104,7 +105,9 @@ def changes(mode: ast.expr | None) -> bool:
 
 
 def is_staging(destination: ast.expr | None) -> bool:
-    """Whether an expression is `staging / ...`, or `.staging / ...` of something."""
+    """Whether an expression is `staging / ...`, or `.staging / ...` of something; also as text."""
+    if isinstance(destination, ast.Call) and ast.unparse(destination.func) == "str" and len(destination.args) == 1:
+        destination = destination.args[0]
     if not isinstance(destination, ast.BinOp) or not isinstance(destination.op, ast.Div):
         return False
     root = destination.left
@@ -191,6 +194,8 @@ def test_nothing_is_pickled_or_evaluated(path: Path) -> None:
         "array.tofile(path)",
         "figure.savefig(path)",
         "save_file(tensors, path)",
+        "faiss.write_index(index, path)",
+        "faiss.write_index(index, str(path))",
         "safetensors.torch.save_file(tensors, filename=path)",
         "pq.write_table(table, path)",
         "table.write_parquet(path / staging)",
@@ -207,6 +212,7 @@ def test_the_scanner_sees(code: str) -> None:
     [
         "'text'.replace('a', 'b')",
         "column.str.replace_all('a', 'b')",
+        "faiss.write_index(index, str(staging / 'a'))",
         "column.replace({1: 2})",
         "dataclasses.replace(bundle, golden=golden)",
         "moment.replace(tzinfo=None)",

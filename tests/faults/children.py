@@ -65,6 +65,18 @@ def score(config: str, bundle: str, target: str, version: str, *, overwrite: boo
     return _score(config, bundle, target, version, overwrite=overwrite, chunk=chunk)
 
 
+def recommend(config: str, bundle: str, k: int, chunk: int) -> None:
+    """Recommend `k` items to the test users, in parts of `chunk` pairs, over what is there."""
+    import pipelines.recommend
+    import serving.recommend
+    from base.config import load_config
+    from pipelines.config import Run
+
+    serving.recommend.CHUNK = chunk
+    run = load_config(Run, Path(config), [f"recommend.k={k}"])
+    pipelines.recommend.recommend(run, model=bundle, overwrite=True)
+
+
 def race(config: str, bundle: str, target: str, versions: Sequence[str]) -> list[int]:
     """Scorers that have all begun before any finishes; returns their exit statuses."""
     context = get_context("fork")

@@ -224,6 +224,43 @@ def test_times_that_cannot_be_read(
         found.undated()
 
 
+@pytest.mark.parametrize("in_folders", [True, False])
+def test_the_days_before_a_day_are_those_since_the_log_begins(tmp_path: Path, in_folders: bool) -> None:
+    """Also one that has no rows, unless it is known to have none."""
+    if in_folders:
+        write_days(tmp_path / "log", 1, days=(1, 2, 4, 5))
+        path = f"{tmp_path}/log/day=*/*.parquet"
+    else:
+        lines = "".join(f"{k},0,2026-03-0{day}\n" for k, day in enumerate((4, 1, 2, 2, 5)))
+        path = str(csv(tmp_path, f"k,y,day\n{lines}9,0,\n"))
+    found = source(path, time="day", split=DAYS)
+    assert found.days_before(date(2026, 3, 5)) == [f"day=2026-03-0{day}" for day in (1, 2, 3, 4)]
+    assert found.days_before(date(2026, 3, 5), 2) == ["day=2026-03-03", "day=2026-03-04"]
+    assert found.days_before(date(2026, 3, 4), 2) == ["day=2026-03-02", "day=2026-03-03"]
+    assert found.days_before(date(2026, 3, 1)) == []
+    without = source(path, time="day", split=DAYS, without_log=["2026-03-03"])
+    assert without.days_before(date(2026, 3, 5)) == [f"day=2026-03-0{day}" for day in (1, 2, 4)]
+    with pytest.raises(ConfigError, match=r"a log without data\.time and a split by day has no days before"):
+        source(path).days_before(date(2026, 3, 5))
+
+
+def test_the_columns_of_tables_whose_key_is_the_item(tmp_path: Path) -> None:
+    csv(tmp_path, "k,y,item,user\n1,0,a,u\n")
+    csv(tmp_path, "item,colour,size\na,red,1\n", "items.csv")
+    csv(tmp_path, "item,since,price\na,2026-03-01,5\n", "prices.csv")
+    csv(tmp_path, "item,user,bought\na,u,1\n", "both.csv")
+    tables = [
+        {"path": f"{tmp_path}/items.csv", "on": "item", "prefix": "item_"},
+        {"path": f"{tmp_path}/prices.csv", "on": "item", "as_of": {"column": "since"}},
+        {"path": f"{tmp_path}/both.csv", "on": ["item", "user"]},
+    ]
+    found = source(tmp_path / "log.csv", tables=tables, key=["k"])
+    assert found.item_columns("item") == ["item_colour", "item_size", "price"]
+    assert found.item_columns("user") == []
+    chosen = source(tmp_path / "log.csv", tables=[{**tables[0], "columns": ["size"]}], key=["k"])
+    assert chosen.item_columns("item") == ["item_size"]
+
+
 def test_days_need_a_time(tmp_path: Path) -> None:
     path = csv(tmp_path, "k,y,at\n1,0,2026-03-01\n")
     with pytest.raises(ConfigError, match=r"data\.time is not given; name the time column"):

@@ -8,11 +8,12 @@ import polars as pl
 import pytest
 import torch
 from numpy.typing import NDArray
+from polars.testing import assert_frame_equal
 
 from base.config import parse_config
 from base.errors import ConfigError
 from recsys import retrieval
-from recsys.retrieval import SLICES, Cuts, Pairs, measure, measure_each, popularity
+from recsys.retrieval import SLICES, Cuts, Pairs, measure, measure_each, measure_scores, popularity
 
 Lists = list[NDArray[np.int64]]
 
@@ -68,6 +69,20 @@ def test_every_metric_is_that_of_sorting(items: int, chunk: int, monkeypatch: py
     brief = measure(parts, torch.from_numpy(vectors), pairs(seen), pairs(relevant), slices, k, brief=True)
     assert brief.drop("mrr").equals(table.filter(slice="all").drop("mrr"))
     assert brief["mrr"].null_count() == 2
+
+
+@pytest.mark.parametrize("items", [61, 64])
+def test_scores_of_any_origin_are_measured_alike(items: int) -> None:
+    queries, vectors, seen, relevant, counts = question(40, items)
+    slices = popularity(counts, Cuts())
+    of_vectors = measure_each([torch.from_numpy(queries)], torch.from_numpy(vectors), pairs(seen), pairs(relevant),
+                              slices, (3, 12))  # fmt: skip
+    chunks = torch.from_numpy(queries @ vectors.T).split(11)
+    found = measure_scores(chunks, pairs(seen), pairs(relevant), slices, (3, 12))
+    assert_frame_equal(found.table, of_vectors.table, rel_tol=1e-12)
+    np.testing.assert_allclose(found.recall_QS, of_vectors.recall_QS)
+    with pytest.raises(ConfigError, match=rf"the corpus has {items} items"):
+        measure_scores(chunks, pairs(seen), pairs(relevant), slices, (65,))
 
 
 def test_each_querys_recall_has_the_means_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
