@@ -12,7 +12,17 @@ Epochs and settings were chosen on the validation rows; the test rows are read o
 
 MovieLens-1M: what a user rated above 3, 80/10/10 of each user's rows. "New items" are the same questions to models that
 learned without a tenth of the items, drawn anew for each seed: none of their rows is trained on, and they are known by
-features alone. What knows ids alone cannot rank these, so they come last with it, and its recall of them is 0.
+features alone. What knows ids alone cannot rank these, so they come last with it, and its recall of them is 0. The
+towers do not read the id there: with it, recall of the new items on validation rows is .004, without it .023.
+
+Synthetic: a catalogue whose truth is known, `features.readers.catalogue`; a million items, learned from the clicks of
+four days, 2,000 users of the sixth. ESMM: the funnel of `bench.conversion`; the views are of the item's features.
+
+What was tried, with validation Recall@20 of seed 1, is in records/retrieval_tried.jsonl (towers after four epochs). Of
+MovieLens-1M: implicit ALS .236 to .293 by regularization and alpha, its defaults .236; BPR .127 to .204, its defaults
+.178; two-tower .265 to .279 by temperature and table rate, .266 with a hidden layer, .140 with inner products; CFM .277
+with alpha 0.1, .276 with 0.3, .270 with 1, .276 with alpha 0.1 and temperature 0.3, where none has .278. The other
+views take what was chosen for CFM.
 """
 
 import argparse
@@ -154,7 +164,7 @@ GOWALLA_TRIED = tuple(
 )
 GOWALLA_PEERS = MOVIELENS_PEERS
 GOWALLA_PEERS_TRIED = (
-    *_als({1.0: (1.0,), 10.0: (4.0, 16.0), 30.0: (16.0, 64.0), 100.0: (16.0, 32.0, 64.0, 128.0)}),
+    *_als({1.0: (1.0,), 10.0: (4.0, 16.0), 30.0: (16.0, 64.0), 100.0: (16.0, 32.0, 64.0, 128.0, 256.0)}),
     *_bpr({(0.01, 1e-3): (100,), (0.01, 0.01): (100,), (0.05, 1e-3): (100,)}),
 )
 SYNTHETIC = Kind("", train={"batch_size": 1024, "epochs": 4, "patience": 2})
