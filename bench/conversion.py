@@ -97,6 +97,10 @@ class Log:
     def name(self) -> str:
         return f"taste {self.taste:g}, confounding {self.confounding:g}"
 
+    @property
+    def slug(self) -> str:
+        return f"taste{self.taste:g}-confounding{self.confounding:g}"
+
 
 LOGS = (Log(0, 0), Log(1, 0), Log(2, 0), Log(1, 1))
 
@@ -138,9 +142,9 @@ def main() -> None:
 # --- the three parts -------------------------------------------------------------------------------------------------
 
 
-def synthetic_jobs(log: Log, work: Path, *, quick: bool) -> list[records.Job]:
-    """2M impressions a seed: one pass over eight days; nothing is chosen on the ninth; the tenth is measured on."""
-    config = SyntheticConfig(
+def funnel_config(log: Log, *, quick: bool) -> SyntheticConfig:
+    """2M impressions of 20,000 users and 4,000 items in ten days."""
+    return SyntheticConfig(
         rows_per_day=10_000 if quick else 200_000,
         users=2_000 if quick else 20_000,
         items=500 if quick else 4_000,
@@ -149,24 +153,42 @@ def synthetic_jobs(log: Log, work: Path, *, quick: bool) -> list[records.Job]:
         taste=log.taste,
         confounding=log.confounding,
     )
+
+
+def funnel_key(config: SyntheticConfig) -> dict[str, Any]:
+    """What decides the log of a seed."""
     generator = hashlib.sha256((ROOT / "features/readers/synthetic.py").read_bytes()).hexdigest()[:12]
-    common = {"bench": "conversion", "log": json.loads(config.model_dump_json()), "generator": generator}
-    folder = work / f"taste{log.taste:g}-confounding{log.confounding:g}{'-quick' if quick else ''}"
+    return {"log": json.loads(config.model_dump_json()), "generator": generator}
+
+
+def funnel_run(config: SyntheticConfig, folder: Path) -> Run:
+    """ESMM on a log in `folder`."""
+    days = [config.start + timedelta(days=n) for n in range(DAYS)]
+    return load_config(Run, RUNS / "esmm.toml", _settings(folder, days))
+
+
+def funnel_log(config: SyntheticConfig, folder: Path, seed: int) -> tuple[Run, FittedPipeline, pl.DataFrame]:
+    """A seed's log in place of what was in `folder`, prepared; and the test rows with their truth."""
+    shutil.rmtree(folder, ignore_errors=True)
+    days = [config.start + timedelta(days=n) for n in range(DAYS)]
+    generate(config.model_copy(update={"seed": seed}), days, folder / "logs", say=lambda _: None)
+    run = funnel_run(config, folder)
+    fitted = prepare(run, say=lambda _: None)
+    truth = ("would_convert", "click_probability", "conversion_probability", "click_and_conversion_probability")
+    return run, fitted, _rows(run, fitted, run.source.partitions("test"), truth)
+
+
+def synthetic_jobs(log: Log, work: Path, *, quick: bool) -> list[records.Job]:
+    """2M impressions a seed: one pass over eight days; nothing is chosen on the ninth; the tenth is measured on."""
+    config, folder = funnel_config(log, quick=quick), work / f"{log.slug}{'-quick' if quick else ''}"
+    common = {"bench": "conversion", **funnel_key(config)}
 
     @lru_cache(maxsize=1)
     def prepared(seed: int) -> tuple[Run, FittedPipeline, pl.DataFrame]:
         """The log of a seed; of the previous one only this cache is left."""
-        shutil.rmtree(folder, ignore_errors=True)
-        days = [config.start + timedelta(days=n) for n in range(DAYS)]
-        generate(config.model_copy(update={"seed": seed}), days, folder / "logs", say=lambda _: None)
-        run = load_config(Run, RUNS / "esmm.toml", _settings(folder, days))
-        fitted = prepare(run, say=lambda _: None)
-        truth = ("would_convert", "click_probability", "conversion_probability", "click_and_conversion_probability")
-        return run, fitted, _rows(run, fitted, run.source.partitions("test"), truth)
+        return funnel_log(config, folder, seed)
 
-    probe = load_config(
-        Run, RUNS / "esmm.toml", _settings(folder, [config.start + timedelta(days=n) for n in range(3)])
-    )
+    probe = funnel_run(config, folder)
 
     def job(name: str, model: Mapping[str, Any]) -> records.Job:
         configured = _configured(probe, model)

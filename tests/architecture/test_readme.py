@@ -55,7 +55,14 @@ def sparsity() -> str:
     return "\n\n".join(text for text in tables().values() if text)
 
 
-@pytest.mark.parametrize("make", [tree, quality, conversion, days, sparsity])
+def retrieval() -> str:
+    """The tables of retrieval and self-supervision."""
+    from bench.retrieval import tables
+
+    return "\n\n".join(text for text in tables().values() if text)
+
+
+@pytest.mark.parametrize("make", [tree, quality, conversion, days, sparsity, retrieval])
 def test_generated_part_is_up_to_date(make) -> None:
     text = README.read_text()
     found = re.search(rf"(<!-- {make.__name__} -->\n)((?:(?!<!--).)*?)(\n<!-- end -->)", text, re.DOTALL)
