@@ -22,19 +22,26 @@ class Config(BaseModel):
 C = TypeVar("C", bound=Config)
 
 
-def load_config(model: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
+def load_config(
+    model: type[C],
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    remedy: str = "pass --config with the path of a TOML file",
+) -> C:
     """Read `path` (TOML), apply `a.b=value` overrides, validate as `model`.
 
-    Raises ConfigError naming the file, the key's path, the value and the nearest known name.
+    Raises ConfigError naming the file, the key's path, the value and the nearest known name; `remedy` is said where
+    there is no such file.
     """
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such run file; pass --config with the path of a TOML file") from None
+        raise ConfigError(f"{path}: no such run file; {remedy}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; pass --config with the path of a TOML file") from None
+        raise ConfigError(f"{path}: {error.strerror}; {remedy}") from None
     for override in overrides:
         _override(tree, override)
     return parse_config(model, tree, source=str(path))

@@ -119,7 +119,7 @@ def _depth(run: Run, index: ItemIndex) -> int:
 
 def _second_stage(run: Run, ranking: Ranking, retrieval: Retrieval, index: ItemIndex) -> SecondStage:
     """The model that puts candidates in order. Its columns of the users are looked for in each partition."""
-    theirs = load_config(Run, ranking.config)
+    theirs = load_config(Run, ranking.config, remedy="correct recommend.ranking.config")
     bundle, version, _ = model_of(theirs, ranking.model)
     if isinstance(bundle.model, TwoTower):
         raise ConfigError(

@@ -512,3 +512,5 @@ def test_partitions_without_users_are_an_error(trained: Run, tmp_path: Path) -> 
         )
     with pytest.raises(ArtefactError, match="nothing is published there; run `recsys index`"):
         recommend(elsewhere(trained, "nowhere"), model=str(trained.bundle_path), say=quiet)
+    with pytest.raises(ConfigError, match=r"^nope\.toml: no such run file; correct recommend\.ranking\.config$"):
+        recommend(ranked(folder, trained, "nope", config="nope.toml"), model=model, say=quiet)
