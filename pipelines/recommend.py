@@ -89,8 +89,10 @@ def recommend(
             overwrite=overwrite,
             on_users=on_users,
         )
-        seconds = time.perf_counter() - started
-        say(f"{name}: {_told(run, index, made, version, second)}, {made.users / seconds:,.0f} users/s -> {target}")
+        told = _told(run, index, made, version, second)
+        if without := about["rows_without_user"]:
+            told += f"; rows without a user, left out: {without:,}"
+        say(f"{name}: {told}; in {time.perf_counter() - started:.1f} s -> {target}")
         published.append(target)
     return published
 
