@@ -148,7 +148,7 @@ def _users_of(
     if taken := [n for n in (user, retrieval.item) if n in OURS]:
         raise ConfigError(f"retrieval: a column is called {taken[0]!r}, as one of the recommendations is; rename it")
     with explained(f"{run.data.path}, {partition}"):
-        rows = with_derived(run, run.source.raw(partition), [user])
+        rows = with_derived(run, run.source.raw(partition, whole=False), [user])
         present = rows.collect_schema().names()
         columns = [user, *inputs_of(bundle, "query")]
         require(columns, present, f"the query side, {partition}")
