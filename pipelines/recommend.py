@@ -1,7 +1,7 @@
 """recommend: for every user of a partition the top items they have not seen, by one model or by two, published."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,8 @@ def recommend(
         started = time.perf_counter()
         users, about = _users_of(run, retrieval, bundle, index, second, name)
         earlier = _earlier(run, name)
-        seen = _seen_by(run, retrieval, users[retrieval.user], index.items[retrieval.item], earlier)
+        known = {f"in {name}": users[retrieval.user], "in the index": index.items[retrieval.item]}
+        seen = _seen_by(run, known, earlier)
         target = run.recommendations_path(name)
         made = publish_recommendations(
             bundle,
@@ -187,23 +188,26 @@ def _earlier(run: Run, partition: str) -> list[str]:
     return [p for role in ("train", "valid") for p in run.source.partitions(role) if first <= p < partition]
 
 
-def _seen_by(run: Run, retrieval: Retrieval, users: pl.Series, items: pl.Series, partitions: Sequence[str]) -> Pairs:
-    """The items of the corpus in the users' positive rows, by position; of other users and items nothing is kept."""
-    user, item = retrieval.user, retrieval.item
+def _seen_by(run: Run, known: Mapping[str, pl.Series], partitions: Sequence[str]) -> Pairs:
+    """The items of the corpus in the users' positive rows, by position; of other users and items nothing is kept.
+
+    `known` are the users and the items, by where they stand.
+    """
+    users, items = known.values()
+    user, item = users.name, items.name
     keys_X: NDArray[np.int64] = np.empty(0, dtype=np.int64)
     for partition in partitions:
         with explained(f"{run.data.path}, {partition}"):
             rows = good_rows(run, partition)
             schema = rows.collect_schema()
             require((user, item), schema.names(), f"retrieval, {partition}")
-            for name, known in ((user, users), (item, items)):
-                if kind_of(schema[name]) != kind_of(known.dtype):
-                    raise DataError(
-                        f"{partition}: {name!r} holds {kind_of(schema[name])}, elsewhere {kind_of(known.dtype)}; "
-                        "convert one of them"
-                    )
-            who = pl.LazyFrame({user: users.cast(schema[user])}).with_row_index(_USER)
-            what = pl.LazyFrame({item: items.cast(schema[item])}).with_row_index(_ROW)
+            for where, ids in known.items():
+                here, there = kind_of(schema[ids.name]), kind_of(ids.dtype)
+                if here != there:
+                    raise DataError(f"{where} {ids.name!r} holds {there}, in {partition} {here}; convert one of them")
+            # An id that a narrower type cannot hold becomes null, which no row is joined to: it is not there.
+            who = pl.LazyFrame({user: users.cast(schema[user], strict=False)}).with_row_index(_USER)
+            what = pl.LazyFrame({item: items.cast(schema[item], strict=False)}).with_row_index(_ROW)
             positive = rows.filter(pl.col(carried(run.labels[0])) == 1).select(user, item)
             pairs = positive.join(who, on=user).join(what, on=item).select(_USER, _ROW).unique()
             found = pairs.collect(engine="streaming")

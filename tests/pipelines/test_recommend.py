@@ -402,6 +402,31 @@ def test_a_day_without_its_log_is_an_error(days: Run, folder: Path, tmp_path: Pa
     assert about["seen_in"] == ["day=2026-03-01", "day=2026-03-03"]
 
 
+def test_a_day_of_users_alone_whose_ids_are_wider_than_the_logs(days: Run, folder: Path, tmp_path: Path) -> None:
+    """It has neither key nor label; an id that the older days cannot hold has not been seen in them."""
+    (tmp_path / "days/day=2026-03-04").mkdir(parents=True)
+    for day in (1, 2, 3):
+        older = tmp_path / f"days/day=2026-03-0{day}"
+        older.mkdir()
+        rows = pl.read_parquet(folder / f"days/day=2026-03-0{day}/log.parquet")
+        rows.with_columns(pl.col("user").cast(pl.Int32)).write_parquet(older / "log.parquet")
+    today = tmp_path / "days/day=2026-03-04/log.parquet"
+    users = pl.DataFrame({"user": [EAGER, 2**31 + EAGER], "group": ["k9", "k9"]})
+    users.write_parquet(today)
+    data = {**days.data.model_dump(mode="json"), "path": f"{tmp_path}/days/day=*/*.parquet"}
+    run, model = elsewhere(days, "wide", data=data), str(days.bundle_path)
+    table, _, _ = recommended(run, model, partition="day=2026-03-04")
+    assert table["user"].unique().sort().to_list() == users["user"].to_list()
+    raw = log().filter(pl.col("part") == "log", user=EAGER).filter(pl.col("hour") % 4 + 1 < 4)
+    assert raw.height
+    assert not set(table.filter(user=EAGER)["item"]) & set(raw["item"])
+    users.with_columns(pl.col("user").cast(pl.String)).write_parquet(today)
+    with pytest.raises(
+        DataError, match=r"^in day=2026-03-04 'user' holds text, in day=2026-03-01 integer; convert one of them$"
+    ):
+        recommend(run, model=model, partition="day=2026-03-04", overwrite=True, say=quiet)
+
+
 def test_days_without_roles_need_a_model_that_knows_its_days(days: Run, trained: Run) -> None:
     with pytest.raises(ConfigError, match=r"does not say which days it has seen, and data\.split names none"):
         index(elsewhere(days, "unknown"), model=str(trained.bundle_path), say=quiet)
@@ -489,6 +514,8 @@ def test_rankings_that_do_not_fit(folder: Path, trained: Run, ranking: Bundle, t
     config.write_text(TWO_TOWER_RUN.format(folder=folder))
     with pytest.raises(ConfigError, match="is of a two-tower model, which finds candidates"):
         recommend(ranked(folder, trained, "towers", config=str(config), model=model), model=model, say=quiet)
+    with pytest.raises(ConfigError, match=r"^nope\.toml: no such run file; correct recommend\.ranking\.config$"):
+        recommend(ranked(folder, trained, "nope", config="nope.toml"), model=model, say=quiet)
     log().drop("hour").write_parquet(tmp_path / "log.parquet")
     run = ranked(folder, trained, "column")
     data = {**run.data.model_dump(mode="json"), "path": str(tmp_path / "log.parquet")}
@@ -513,5 +540,3 @@ def test_partitions_without_users_are_an_error(trained: Run, tmp_path: Path) -> 
         )
     with pytest.raises(ArtefactError, match="nothing is published there; run `recsys index`"):
         recommend(elsewhere(trained, "nowhere"), model=str(trained.bundle_path), say=quiet)
-    with pytest.raises(ConfigError, match=r"^nope\.toml: no such run file; correct recommend\.ranking\.config$"):
-        recommend(ranked(folder, trained, "nope", config="nope.toml"), model=model, say=quiet)
