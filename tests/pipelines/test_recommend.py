@@ -21,6 +21,7 @@ from pipelines.cli import main
 from pipelines.config import Run
 from pipelines.index import index
 from pipelines.prepare import prepare
+from pipelines.progress import Ticker
 from pipelines.recommend import recommend
 from pipelines.tracking import registry_of
 from pipelines.train import train
@@ -290,6 +291,17 @@ def test_by_the_command_line_through_mlflow(folder: Path, trained: Run) -> None:
     both = CliRunner().invoke(main, ["recommend", "--config", str(config), "--overwrite", "--if-missing"])
     assert both.exit_code == 2
     assert "contradict each other" in both.output
+
+
+def test_the_tickers_clock_starts_with_the_first_users(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([0.0, 60.0, 62.0, 62.0])  # made, nobody yet, all: due, told
+    monkeypatch.setattr("pipelines.progress.time.perf_counter", lambda: next(times))
+    ticker = Ticker("recommend", rows="users")
+    ticker.on_rows(0, 10)
+    ticker.on_rows(10, 10)
+    assert "recommend: 10/10 users  5 users/s  ETA 0:00" in capsys.readouterr().err
 
 
 TWO_TOWER_RUN = """
