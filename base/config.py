@@ -8,6 +8,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeGuard, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic.fields import FieldInfo
 
 from base.errors import ConfigError, did_you_mean
 
@@ -21,19 +22,26 @@ class Config(BaseModel):
 C = TypeVar("C", bound=Config)
 
 
-def load_config(model: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
+def load_config(
+    model: type[C],
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    remedy: str = "pass --config with the path of a TOML file",
+) -> C:
     """Read `path` (TOML), apply `a.b=value` overrides, validate as `model`.
 
-    Raises ConfigError naming the file, the key's path, the value and the nearest known name.
+    Raises ConfigError naming the file, the key's path, the value and the nearest known name; `remedy` is said where
+    there is no such file.
     """
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such run file; pass --config with the path of a TOML file") from None
+        raise ConfigError(f"{path}: no such run file; {remedy}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; pass --config with the path of a TOML file") from None
+        raise ConfigError(f"{path}: {error.strerror}; {remedy}") from None
     for override in overrides:
         _override(tree, override)
     return parse_config(model, tree, source=str(path))
@@ -100,7 +108,8 @@ def _explain(model: type[BaseModel], fault: Any) -> str:
             return f"{path}.{tag} = {given!r} does not exist{_nearest(given, known)}"
         case "union_tag_not_found":
             tag = fault["ctx"]["discriminator"].strip("'")
-            return f"{path}.{tag} is missing; it says which kind this is"
+            known = {k for m in map(_plain, _members(here)) if _is_model(m) for k in _values(m.model_fields.get(tag))}
+            return f"{path}.{tag} is missing; it says which kind this is{_nearest('', sorted(known))}"
         case "value_error":
             return f"{path}: {fault['ctx']['error']}" if path else str(fault["ctx"]["error"])
         case "model_type" | "model_attributes_type" | "dict_type":
@@ -147,8 +156,12 @@ def _tags(member: Any) -> set[Any]:
     if get_origin(member) is Annotated:
         return {m.tag for m in get_args(member)[1:] if isinstance(m, Tag)}
     fields = member.model_fields.values() if _is_model(member) else ()
-    literals = (f.annotation for f in fields if get_origin(f.annotation) is Literal)
-    return {value for literal in literals for value in get_args(literal)}
+    return {value for field in fields for value in _values(field)}
+
+
+def _values(field: FieldInfo | None) -> tuple[Any, ...]:
+    """Those that a literal allows; none of any other field."""
+    return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
 
 
 def _inside(annotation: Any, part: str | int) -> Any:

@@ -173,21 +173,27 @@ class Source:
         skipped = {f"day={day}" for text in self.data.without_log for day in days_of(text)}
         return [name for name in names_of(self.data.split, role) if name not in skipped]
 
-    def raw(self, partition: str) -> pl.LazyFrame:
-        """Every raw row of a partition, joined with the tables; for scoring."""
+    def raw(self, partition: str, *, whole: bool = True) -> pl.LazyFrame:
+        """Every raw row of a partition, joined with the tables; for scoring.
+
+        Rows of a day that need not be `whole` may lack data.key, and the keys of tables, which are then left out.
+        """
+        whole = whole or not self.data.split.by_day  # by chance, rows are drawn by their key
         files = self._files_of(partition)
         if self.data.row_number is not None and files != self._files:
             raise ConfigError("data.row_number would number each day's rows from 0: give data.key a column of the log")
         frame = self._scan(files)
         present = frame.collect_schema().names()
-        require(self.data.key, present, "data.key")
+        if whole:
+            require(self.data.key, present, "data.key")
         if isinstance(self.data.split, RandomSplit) and self.data.split.by:
             require(self.data.split.by, present, "data.split.by")
         if isinstance(self.data.split, PerUserSplit):
             require([self.data.split.per_user], present, "data.split.per_user")
         frame = rows_of(self.data.split, frame, partition, day=self._day(frame), key=self.data.key)
         for table in self.tables:
-            frame = _join(frame, table, self.data.time)
+            if whole or set(table.on) <= set(frame.collect_schema().names()):
+                frame = _join(frame, table, self.data.time, to="the log")
         return frame
 
     def checked(self, partition: str) -> pl.LazyFrame:
@@ -270,7 +276,7 @@ class Source:
             if set(table.on) <= set(present):
                 taken = table.columns or _scan(table, _expand(table)).collect_schema().names()
                 given = {table.prefix + c for c in taken if c not in table.on}
-                frame = _join(frame.drop(c for c in present if c in given), table, self.data.time)
+                frame = _join(frame.drop(c for c in present if c in given), table, self.data.time, to=files.path)
         return frame
 
     def undated(self) -> int:
@@ -454,12 +460,16 @@ def _scan_csv(config: Files, files: list[Path]) -> pl.LazyFrame:
     return frame
 
 
-def _join(frame: pl.LazyFrame, table: Table, time: Time | None) -> pl.LazyFrame:
-    """A left join: every row of the log stays, once, in its place."""
+def _join(frame: pl.LazyFrame, table: Table, time: Time | None, *, to: str) -> pl.LazyFrame:
+    """A left join: every row of the log, or of what else is named by `to`, stays, once, in its place."""
     side = _scan(table, _expand(table))
     names = side.collect_schema().names()
     require(table.on, names, f"tables, {table.path}")
-    require(table.on, frame.collect_schema().names(), f"tables, {table.path}: the log")
+    require(table.on, frame.collect_schema().names(), f"tables, {table.path}: {to}")
+    for column in table.on:
+        here, there = (kind_of(f.collect_schema()[column]) for f in (side, frame))
+        if here != there:
+            raise DataError(f"tables, {table.path}: {column!r} holds {here}, in {to} {there}; convert one of them")
     at = () if table.as_of is None else (table.as_of.column,)
     require(at, names, f"tables, {table.path}, as_of")
     taken = [c for c in (names if table.columns is None else table.columns) if c not in (*table.on, *at)]

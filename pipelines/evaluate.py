@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from base.storage import publish, resolve, version_name
 from features.schema import Output
 from pipelines.config import Run
-from pipelines.measure import check_outputs, held_out, measure, scored_table
+from pipelines.measure import check_day, check_outputs, held_out, measure, scored_table
 from pipelines.rankings import ask
 from pipelines.tracking import registry_of
 from recsys import metrics
@@ -23,6 +23,7 @@ from recsys.trainer import passed
 
 def evaluate(run: Run, *, partition: str | None = None) -> pl.DataFrame:
     """Measure the run's bundle on held-out raw rows; publish the scored table and the metrics, log them to MLflow."""
+    check_day(run)
     check_outputs(run)
     bundle = Bundle.load(run.bundle_path).to(pick_device(run.device))
     partition = partition or (f"day={run.day}" if run.day else None)

@@ -4,14 +4,22 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from base.errors import ConfigError, DataError, did_you_mean
+from base.errors import ArtefactError, ConfigError, DataError, did_you_mean
+from base.storage import is_published
 from features.schema import Output, Schema, Sparse, carried
 from features.source import REASON
+from features.split import EachDay
 from pipelines.config import Run
 from recsys import metrics
 from recsys.bundle import Bundle
 from recsys.models import build_model
 from serving.score import score
+
+
+def check_day(run: Run) -> None:
+    """Raises ArtefactError where no --day says which of the daily models is meant."""
+    if run.day is None and isinstance(run.data.split, EachDay) and not is_published(run.bundle_path):
+        raise ArtefactError(f"{run.bundle_path}: there is no trained model there, each day has its own; pass --day")
 
 
 def held_out(run: Run, partition: str | None) -> list[str]:

@@ -25,7 +25,10 @@ class Ticker:
             )
 
     def on_rows(self, done: int, total: int) -> None:
-        """Some rows more."""
+        """Some rows more; none yet starts the clock, so that what was loaded before does not count."""
+        if not done:
+            self.started = time.perf_counter()
+            return
         if self._due(done == total):
             rate = done / max(time.perf_counter() - self.started, 1e-9)
             self._print(

@@ -1,7 +1,7 @@
 """recommend: for every user of a partition the top items they have not seen, by one model or by two, published."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,8 @@ def recommend(
         started = time.perf_counter()
         users, about = _users_of(run, retrieval, bundle, index, second, name)
         earlier = _earlier(run, name)
-        seen = _seen_by(run, retrieval, users[retrieval.user], index.items[retrieval.item], earlier)
+        known = {f"in {name}": users[retrieval.user], "in the index": index.items[retrieval.item]}
+        seen = _seen_by(run, known, earlier)
         target = run.recommendations_path(name)
         made = publish_recommendations(
             bundle,
@@ -89,8 +90,10 @@ def recommend(
             overwrite=overwrite,
             on_users=on_users,
         )
-        seconds = time.perf_counter() - started
-        say(f"{name}: {_told(run, index, made, version, second)}, {made.users / seconds:,.0f} users/s -> {target}")
+        told = _told(run, index, made, version, second)
+        if without := about["rows_without_user"]:
+            told += f"; rows without a user, left out: {without:,}"
+        say(f"{name}: {told}; in {time.perf_counter() - started:.1f} s -> {target}")
         published.append(target)
     return published
 
@@ -119,7 +122,7 @@ def _depth(run: Run, index: ItemIndex) -> int:
 
 def _second_stage(run: Run, ranking: Ranking, retrieval: Retrieval, index: ItemIndex) -> SecondStage:
     """The model that puts candidates in order. Its columns of the users are looked for in each partition."""
-    theirs = load_config(Run, ranking.config)
+    theirs = load_config(Run, ranking.config, remedy="correct recommend.ranking.config")
     bundle, version, _ = model_of(theirs, ranking.model)
     if isinstance(bundle.model, TwoTower):
         raise ConfigError(
@@ -146,7 +149,7 @@ def _users_of(
     if taken := [n for n in (user, retrieval.item) if n in OURS]:
         raise ConfigError(f"retrieval: a column is called {taken[0]!r}, as one of the recommendations is; rename it")
     with explained(f"{run.data.path}, {partition}"):
-        rows = with_derived(run, run.source.raw(partition), [user])
+        rows = with_derived(run, run.source.raw(partition, whole=False), [user])
         present = rows.collect_schema().names()
         columns = [user, *inputs_of(bundle, "query")]
         require(columns, present, f"the query side, {partition}")
@@ -185,23 +188,26 @@ def _earlier(run: Run, partition: str) -> list[str]:
     return [p for role in ("train", "valid") for p in run.source.partitions(role) if first <= p < partition]
 
 
-def _seen_by(run: Run, retrieval: Retrieval, users: pl.Series, items: pl.Series, partitions: Sequence[str]) -> Pairs:
-    """The items of the corpus in the users' positive rows, by position; of other users and items nothing is kept."""
-    user, item = retrieval.user, retrieval.item
+def _seen_by(run: Run, known: Mapping[str, pl.Series], partitions: Sequence[str]) -> Pairs:
+    """The items of the corpus in the users' positive rows, by position; of other users and items nothing is kept.
+
+    `known` are the users and the items, by where they stand.
+    """
+    users, items = known.values()
+    user, item = users.name, items.name
     keys_X: NDArray[np.int64] = np.empty(0, dtype=np.int64)
     for partition in partitions:
         with explained(f"{run.data.path}, {partition}"):
             rows = good_rows(run, partition)
             schema = rows.collect_schema()
             require((user, item), schema.names(), f"retrieval, {partition}")
-            for name, known in ((user, users), (item, items)):
-                if kind_of(schema[name]) != kind_of(known.dtype):
-                    raise DataError(
-                        f"{partition}: {name!r} holds {kind_of(schema[name])}, elsewhere {kind_of(known.dtype)}; "
-                        "convert one of them"
-                    )
-            who = pl.LazyFrame({user: users.cast(schema[user])}).with_row_index(_USER)
-            what = pl.LazyFrame({item: items.cast(schema[item])}).with_row_index(_ROW)
+            for where, ids in known.items():
+                here, there = kind_of(schema[ids.name]), kind_of(ids.dtype)
+                if here != there:
+                    raise DataError(f"{where} {ids.name!r} holds {there}, in {partition} {here}; convert one of them")
+            # An id that a narrower type cannot hold becomes null, which no row is joined to: it is not there.
+            who = pl.LazyFrame({user: users.cast(schema[user], strict=False)}).with_row_index(_USER)
+            what = pl.LazyFrame({item: items.cast(schema[item], strict=False)}).with_row_index(_ROW)
             positive = rows.filter(pl.col(carried(run.labels[0])) == 1).select(user, item)
             pairs = positive.join(who, on=user).join(what, on=item).select(_USER, _ROW).unique()
             found = pairs.collect(engine="streaming")

@@ -37,7 +37,7 @@ from pipelines import (
 from pipelines.config import Run
 from pipelines.evaluate import evaluation_of
 from pipelines.line import Line
-from pipelines.measure import held_out, questions, truth_of
+from pipelines.measure import check_day, held_out, questions, truth_of
 from pipelines.plots import Plot
 from pipelines.rankings import ask
 from pipelines.tracking import registry_of
@@ -73,6 +73,7 @@ def report(run: Run, *, partition: str | None = None) -> Path:
     Raises ArtefactError if there is no evaluation, or it is of another bundle or other columns than the run's.
     """
     partition = partition or (f"day={run.day}" if run.day else None)
+    check_day(run)
     facts = _gather(run, partition)
     registry = registry_of(run)
     run_id = registry.run_of_training(facts.bundle.version)

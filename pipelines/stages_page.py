@@ -7,7 +7,7 @@ import polars as pl
 
 from base.storage import is_published, read_manifest, resolve
 from pipelines import page, plots
-from pipelines.config import Run
+from pipelines.config import Recommend, Run
 from pipelines.evaluate import rank_with
 from pipelines.page import Html
 from pipelines.plots import Plot, Stage
@@ -41,11 +41,13 @@ def section(
     items, users = table["items"][0], table["users"][0]
     name = ", ".join(partitions)
     published = recommended(run, bundle, name) if len(partitions) == 1 else None  # lists are of one partition's users
-    k, depth = (published.k, published.depth) if published else (run.recommend.k, run.recommend.depth(items))
+    k, depth = (published.k, published.depth) if published else _asked(run.recommend, items)
     if not users:
         return Html()
     if not {k, depth} <= set(table["k"]):
-        table = rank_with(bundle, replace(ranking, cuts=ranking.cuts.model_copy(update={"k": (k, depth)})))
+        table = rank_with(
+            bundle, replace(ranking, cuts=ranking.cuts.model_copy(update={"k": tuple(sorted({k, depth}))}))
+        )
     of = {"candidates": _by_slice(table, depth), "similarity": _by_slice(table, k)}
     stages = {"candidates": Stage("candidates by similarity", depth, of["candidates"]["all"] or 0.0),
               "similarity": Stage("by similarity alone", k, of["similarity"]["all"] or 0.0)}  # fmt: skip
@@ -53,6 +55,8 @@ def section(
         of["shown"] = recall_of(published.lists, ranking)
         by = "as recommended" if published.ranked_by is None else f"ranked by {published.ranked_by}"
         stages["shown"] = Stage(by, k, of["shown"]["all"] or 0.0)
+        if published.ranked_by is None:
+            del stages["similarity"]  # it is what was recommended
     if depth == k:
         del stages["candidates"]
     last = [stages[way] for way in ("similarity", "shown") if way in stages]
@@ -87,6 +91,13 @@ def recommended(run: Run, bundle: Bundle, name: str) -> Recommended | None:
     raw = {"user": pl.col(run.retrieval.user), "item": pl.col(run.retrieval.item), "place": pl.col(PLACE)}
     lists = pl.scan_parquet(folder / "part-*.parquet").select(**raw).collect(engine="streaming")
     return Recommended(lists, about["k"], about["depth"], about.get("ranking", {}).get("by"))
+
+
+def _asked(recommend: Recommend, items: int) -> tuple[int, int]:
+    """K and depth of what may be published yet: of a smaller corpus all items."""
+    candidates = recommend.candidates and min(recommend.candidates, items)
+    fitting = recommend.model_copy(update={"k": min(recommend.k, items), "candidates": candidates})
+    return fitting.k, fitting.depth(items)
 
 
 def _by_slice(table: pl.DataFrame, k: int) -> Mapping[str, float | None]:

@@ -16,7 +16,7 @@ import faiss
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt, TypeAdapter
+from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter
 
 from base.config import Config
 from base.errors import ArtefactError, ConfigError, DataError
@@ -94,7 +94,14 @@ class IVFPQConfig(_Settings):
     """So many times the items asked for are compared by their whole vectors."""
 
 
-IndexConfig = Annotated[ExactConfig | HNSWConfig | IVFPQConfig, Field(discriminator="kind")]
+def _exact_by_default(settings: Any) -> Any:
+    """Pydantic takes no default for the field that tells kinds apart."""
+    return {"kind": "exact", **settings} if isinstance(settings, Mapping) else settings
+
+
+IndexConfig = Annotated[
+    ExactConfig | HNSWConfig | IVFPQConfig, Field(discriminator="kind"), BeforeValidator(_exact_by_default)
+]
 _CONFIG: TypeAdapter[ExactConfig | HNSWConfig | IVFPQConfig] = TypeAdapter(IndexConfig)
 
 

@@ -90,6 +90,7 @@ def publish_recommendations(
     with publish(target, KIND, overwrite=overwrite) as staging:
         short = exactly = without = 0
         size = max(1, CHUNK // depth)
+        on_users(0, users.height)
         for i, start in enumerate(range(0, users.height, size)):
             chunk = users[start : start + size]
             queries_CD = np.concatenate(list(vectors_of(bundle, chunk.lazy(), "query")))

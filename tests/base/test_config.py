@@ -149,14 +149,20 @@ def test_every_fault_has_a_line() -> None:
             lambda t: t["model"].update(name="autont"),
             f"model.name = 'autont' does not exist; did you mean 'autoint'? Known: {kinds(ModelConfig, 'name')}",
         ),
-        (lambda t: t["model"].pop("name"), "model.name is missing; it says which kind this is"),
+        (
+            lambda t: t["model"].pop("name"),
+            f"model.name is missing; it says which kind this is. Known: {kinds(ModelConfig, 'name')}",
+        ),
         (lambda t: t.update(model="autoint"), "model = 'autoint': must be a table of: alpha, attention_dim, "),
         (
             lambda t: t["features"][3].update(kind="vocab"),
             "features[3].kind = 'vocab' does not exist; did you mean 'vocabulary'? Known: "
             + kinds(AnyTransform, "kind"),
         ),
-        (lambda t: t["features"][3].pop("kind"), "features[3].kind is missing; it says which kind this is"),
+        (
+            lambda t: t["features"][3].pop("kind"),
+            f"features[3].kind is missing; it says which kind this is. Known: {kinds(AnyTransform, 'kind')}",
+        ),
         (lambda t: t["features"][3].pop("column"), "features[3].column is missing; it must be given"),
         (lambda t: t.pop("output"), "output is missing; it must be given"),
         (lambda t: t["data"]["split"].pop("valid"), "data.split.valid is missing; it must be given"),

@@ -15,7 +15,7 @@ from base.errors import ConfigError, DataError
 from base.storage import publish
 from features.readers.criteo import COUNTS, IDS, read_criteo
 from features.readers.movielens import read_movielens_1m
-from features.source import REASON, Data, Source, Table
+from features.source import REASON, Data, Files, Source, Table
 
 DAYS = {"train": "2026-03-01", "valid": "2026-03-02"}
 ALL = {"train": 0.5, "valid": 0.5}
@@ -337,6 +337,28 @@ def test_tables_that_do_not_fit(table: dict[str, Any], error: type[Exception], m
     side = csv(tmp_path, "user,age,y,only\na,30,1,2\n", "side.csv")
     with pytest.raises(error, match=message):
         source(log, tables=[{"path": str(side), **table}]).raw("split=train")
+
+
+@pytest.mark.parametrize("version", [{}, {"as_of": {"column": "since"}}], ids=["plain", "versioned"])
+def test_keys_of_another_kind_are_named(version: dict[str, Any], tmp_path: Path) -> None:
+    log = csv(tmp_path, "k,y,item,at\n1,0,7,2026-03-05\n")
+    texts = csv(tmp_path, "item,size,since\ni7,3,2026-03-01\n", "texts.csv")
+    with pytest.raises(DataError, match=r"texts\.csv: 'item' holds text, in the log integer; convert one of them"):
+        source(log, time="at", tables=[{"path": str(texts), "on": "item", **version}]).raw("split=train")
+    numbers = csv(tmp_path, "item,price\n7,3\n", "numbers.csv")
+    found = source(log, tables=[{"path": str(numbers), "on": "item"}])
+    with pytest.raises(DataError, match=r"numbers\.csv: 'item' holds integer, in .*texts\.csv text; convert one"):
+        found.items(Files(path=str(texts)))
+
+
+def test_rows_of_a_day_need_not_be_whole_where_users_alone_are_asked_for(tmp_path: Path) -> None:
+    csv(tmp_path, "user\na\n", "day=2026-03-01/log.csv")
+    users, items = csv(tmp_path, "user,age\na,30\n", "users.csv"), csv(tmp_path, "item,size\n7,3\n", "items.csv")
+    tables = [{"path": str(items), "on": "item"}, {"path": str(users), "on": "user"}]
+    found = source(tmp_path / "day=*/*.csv", time="day", split=DAYS, tables=tables)
+    with pytest.raises(DataError, match=r"data\.key: column 'k' is missing"):
+        found.raw("day=2026-03-01")
+    assert found.raw("day=2026-03-01", whole=False).collect().columns == ["user", "day", "age"]
 
 
 def test_a_versioned_row_holds_from_its_own_time_on(tmp_path: Path) -> None:

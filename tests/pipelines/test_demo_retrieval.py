@@ -139,7 +139,7 @@ def test_the_stages_of_a_single_stage_agree_with_full_ranking(run: Run, bundle: 
     assert found == pytest.approx(measured, abs=1e-9)
     text = report(alone, partition=HELD_OUT).read_text()
     assert "as recommended: 20 items" in text
-    assert "candidates by similarity" not in text
+    assert "by similarity" not in stages_of(text)
     other = replace(bundle, metrics={}).save(run.output / "other", overwrite=True)
     assert recommended(run, other, HELD_OUT) is None
     recommend(run, partition=HELD_OUT, overwrite=True, say=lambda _: None)
@@ -147,15 +147,25 @@ def test_the_stages_of_a_single_stage_agree_with_full_ranking(run: Run, bundle: 
 
 def test_without_recommendations_the_page_says_so(run: Run) -> None:
     elsewhere = run.model_copy(update={"recommend": Recommend(k=7)})
+    larger = run.model_copy(update={"recommend": Recommend(k=5_000)})
     hidden = run.recommendations_path(HELD_OUT)
     version = hidden.readlink()
     hidden.unlink()
     try:
         text = report(elsewhere, partition=HELD_OUT).read_text()
+        whole = report(larger, partition=HELD_OUT).read_text()
     finally:
         hidden.symlink_to(version)
     assert "Nothing of this bundle is published for day=2026-03-06: run `recsys recommend`." in text
     assert "by similarity alone: 7 items" in text  # a K that the evaluation has not
+    slices = evaluation_of(run, HELD_OUT)[1].filter(k=20).height
+    assert [stages_of(page).count("<tr>") for page in (text, whole)] == [1 + slices] * 2
+    items = evaluation_of(run, HELD_OUT)[1]["items"][0]
+    assert f"by similarity alone: {items:,} items" in whole  # there are no 5,000
+
+
+def stages_of(text: str) -> str:
+    return text.split("From the corpus to what is shown")[1].split("</section>")[0]
 
 
 def test_recall_of_lists_is_the_mean_over_users(ranking: Ranking) -> None:

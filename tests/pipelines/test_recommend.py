@@ -21,6 +21,7 @@ from pipelines.cli import main
 from pipelines.config import Run
 from pipelines.index import index
 from pipelines.prepare import prepare
+from pipelines.progress import Ticker
 from pipelines.recommend import recommend
 from pipelines.tracking import registry_of
 from pipelines.train import train
@@ -207,7 +208,7 @@ def test_cut_into_other_chunks_it_is_the_same(trained: Run, monkeypatch: pytest.
     monkeypatch.setattr("serving.recommend.CHUNK", 4 * K)
     done: list[int] = []
     cut, _, _ = recommended(run, str(trained.bundle_path), overwrite=True, on_users=lambda n, _: done.append(n))
-    assert done == [*range(4, 47, 4), 47]
+    assert done == [*range(0, 47, 4), 47]
     assert len(list(resolve(run.recommendations_path("split=test")).glob("part-*"))) == 12
     assert cut.drop("similarity").equals(whole.drop("similarity"))
     np.testing.assert_allclose(cut["similarity"], whole["similarity"], atol=1e-6)
@@ -280,8 +281,9 @@ def test_by_the_command_line_through_mlflow(folder: Path, trained: Run) -> None:
     ]
     assert [c.exit_code for c in called] == [0, 0, 0], [c.output for c in called]
     assert "index of version 1: exact, 60 items, recall@3 1.0000" in called[0].output
-    assert "split=test: 47 users, 3 of 60 items each by version 1, " in called[1].output
-    assert " users/s -> " in called[1].output
+    told = "split=test: 47 users, 3 of 60 items each by version 1; rows without a user, left out: 1; in "
+    assert told in called[1].output
+    assert "users/s" not in called[1].stdout  # the ticker says it
     assert "recommend: 47/47 users" in called[1].stderr
     assert "index of version 1: there already" in called[2].output
     table = pl.read_parquet(trained.output / "recommendations/split=test/part-*.parquet")
@@ -289,6 +291,17 @@ def test_by_the_command_line_through_mlflow(folder: Path, trained: Run) -> None:
     both = CliRunner().invoke(main, ["recommend", "--config", str(config), "--overwrite", "--if-missing"])
     assert both.exit_code == 2
     assert "contradict each other" in both.output
+
+
+def test_the_tickers_clock_starts_with_the_first_users(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([0.0, 60.0, 62.0, 62.0])  # made, nobody yet, all: due, told
+    monkeypatch.setattr("pipelines.progress.time.perf_counter", lambda: next(times))
+    ticker = Ticker("recommend", rows="users")
+    ticker.on_rows(0, 10)
+    ticker.on_rows(10, 10)
+    assert "recommend: 10/10 users  5 users/s  ETA 0:00" in capsys.readouterr().err
 
 
 TWO_TOWER_RUN = """
@@ -401,6 +414,31 @@ def test_a_day_without_its_log_is_an_error(days: Run, folder: Path, tmp_path: Pa
     assert about["seen_in"] == ["day=2026-03-01", "day=2026-03-03"]
 
 
+def test_a_day_of_users_alone_whose_ids_are_wider_than_the_logs(days: Run, folder: Path, tmp_path: Path) -> None:
+    """It has neither key nor label; an id that the older days cannot hold has not been seen in them."""
+    (tmp_path / "days/day=2026-03-04").mkdir(parents=True)
+    for day in (1, 2, 3):
+        older = tmp_path / f"days/day=2026-03-0{day}"
+        older.mkdir()
+        rows = pl.read_parquet(folder / f"days/day=2026-03-0{day}/log.parquet")
+        rows.with_columns(pl.col("user").cast(pl.Int32)).write_parquet(older / "log.parquet")
+    today = tmp_path / "days/day=2026-03-04/log.parquet"
+    users = pl.DataFrame({"user": [EAGER, 2**31 + EAGER], "group": ["k9", "k9"]})
+    users.write_parquet(today)
+    data = {**days.data.model_dump(mode="json"), "path": f"{tmp_path}/days/day=*/*.parquet"}
+    run, model = elsewhere(days, "wide", data=data), str(days.bundle_path)
+    table, _, _ = recommended(run, model, partition="day=2026-03-04")
+    assert table["user"].unique().sort().to_list() == users["user"].to_list()
+    raw = log().filter(pl.col("part") == "log", user=EAGER).filter(pl.col("hour") % 4 + 1 < 4)
+    assert raw.height
+    assert not set(table.filter(user=EAGER)["item"]) & set(raw["item"])
+    users.with_columns(pl.col("user").cast(pl.String)).write_parquet(today)
+    with pytest.raises(
+        DataError, match=r"^in day=2026-03-04 'user' holds text, in day=2026-03-01 integer; convert one of them$"
+    ):
+        recommend(run, model=model, partition="day=2026-03-04", overwrite=True, say=quiet)
+
+
 def test_days_without_roles_need_a_model_that_knows_its_days(days: Run, trained: Run) -> None:
     with pytest.raises(ConfigError, match=r"does not say which days it has seen, and data\.split names none"):
         index(elsewhere(days, "unknown"), model=str(trained.bundle_path), say=quiet)
@@ -488,6 +526,8 @@ def test_rankings_that_do_not_fit(folder: Path, trained: Run, ranking: Bundle, t
     config.write_text(TWO_TOWER_RUN.format(folder=folder))
     with pytest.raises(ConfigError, match="is of a two-tower model, which finds candidates"):
         recommend(ranked(folder, trained, "towers", config=str(config), model=model), model=model, say=quiet)
+    with pytest.raises(ConfigError, match=r"^nope\.toml: no such run file; correct recommend\.ranking\.config$"):
+        recommend(ranked(folder, trained, "nope", config="nope.toml"), model=model, say=quiet)
     log().drop("hour").write_parquet(tmp_path / "log.parquet")
     run = ranked(folder, trained, "column")
     data = {**run.data.model_dump(mode="json"), "path": str(tmp_path / "log.parquet")}

@@ -277,9 +277,10 @@ def test_a_day_is_evaluated_again_from_the_command_line(begun: tuple[Path, Run],
     assert f"{before['recall'][0]:.4f}" in found.output
     again = pl.read_parquet(resolve(run.on(day(6)).evaluation_path(f"day={day(6)}")) / "metrics.parquet")
     assert again.equals(before)
-    missing = CliRunner().invoke(cli.main, ["evaluate", "--config", str(config), "--partition", "day=2026-03-06"])
-    assert missing.exit_code == 2
-    assert "there is no trained model there" in missing.output
+    for step in (["evaluate", "--partition", "day=2026-03-06"], ["evaluate"], ["report"]):
+        missing = CliRunner().invoke(cli.main, [*step, "--config", str(config)])
+        assert missing.exit_code == 2
+        assert "there is no trained model there, each day has its own; pass --day" in missing.output
 
 
 def test_a_rollback_returns_and_the_same_step_does_not_come_back(begun: tuple[Path, Run]) -> None:

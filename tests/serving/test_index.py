@@ -36,6 +36,10 @@ IVF_PQ = settings_of(kind="ivf_pq", probes=64)
 KINDS = pytest.mark.parametrize("settings", [EXACT, HNSW, IVF_PQ], ids=lambda s: s.kind)
 
 
+def test_a_kind_need_not_be_given() -> None:
+    assert settings_of(min_recall=0.5) == settings_of(kind="exact", min_recall=0.5)
+
+
 def bundle_of(folder: Path, items: int, seed: int = 0) -> Bundle:
     """Two towers of ids alone, their vectors drawn around a few centres, as those of trained ones lie."""
     frame = pl.DataFrame({"user": np.arange(max(items, USERS)) % USERS, "item": np.arange(max(items, USERS)) % items})
