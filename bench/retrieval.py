@@ -264,7 +264,7 @@ def movielens_jobs(data: Path, work: Path, *, quick: bool, choose: bool) -> list
         learning = run.model_copy(
             update={
                 "output": folder / "learned",
-                "data": run.data.model_copy(update={"where": f"{run.data.where} AND movie_id NOT IN ({unseen})"}),
+                "data": run.data.model_copy(update={"where": f"movie_id NOT IN ({unseen})"}),
             }
         )
         return log_of(run.model_copy(update={"output": folder / "asked"}), learning)

@@ -165,6 +165,8 @@ class Source:
     data: Data
     tables: Sequence[Table] = ()
     derive: Mapping[str, str] | None = None
+    positive: str | None = None
+    """A label: rows where it is 0 are left out of `checked`, as if data.where said so."""
 
     def partitions(self, role: Literal["train", "valid", "test"]) -> list[str]:
         """Names of the partitions of a role, in order of time: `day=2026-03-01` or `split=train`."""
@@ -197,7 +199,10 @@ class Source:
         return frame
 
     def checked(self, partition: str) -> pl.LazyFrame:
-        """The rows to learn from or be measured by: `raw` under `where`, with `@label` columns and a reason if bad."""
+        """The rows to learn from or be measured by: `raw` under `where`, with `@label` columns and a reason if bad.
+
+        With `positive` those of them where it is 1, or should be known and is neither 1 nor 0.
+        """
         frame = self.raw(partition)
         present = frame.collect_schema().names()
         for name in self.derive or {}:
@@ -222,6 +227,8 @@ class Source:
             faults.append(pl.when(mature & value.is_null()).then(pl.lit(f"label {name} is null")))
             faults.append(pl.when(mature & ~valid).then(found))
             labels[name] = pl.when(valid & mature).then(value).cast(pl.Int8)
+            if name == self.positive:  # before keys are compared: the same pair may stand there as a negative, too
+                derived = derived.filter(value.ne_missing(0.0) & (mature | (value == 1.0)))
         for before, after in pairwise(self.data.funnel):
             skipped = (labels[before] == 0) & (labels[after] == 1)
             reason = f"label {after} is 1 where {before}, before it in data.funnel, is 0"

@@ -94,8 +94,8 @@ class Retrieval(Cuts):
     item: str
     """Raw column of the item; a vocabulary feature of it counts the items and tells them apart."""
     items: Annotated[Files | None, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)] = None
-    """The corpus, a row per item, to which [[tables]] are joined; by default the items of the log, up to those that
-    are measured."""
+    """The corpus, a row per item, to which [[tables]] are joined; by default the items of the log's positive rows, up
+    to those that are measured."""
 
     @property
     def cuts(self) -> Cuts:

@@ -81,7 +81,7 @@ def examples_of(
 
 
 def good_rows(run: FeatureRun, partition: str) -> pl.LazyFrame:
-    """A partition's rows to learn from."""
+    """A partition's rows to learn from; of a retrieval run the positive ones."""
     return run.source.checked(partition).filter(pl.col(REASON).is_null())
 
 
@@ -92,6 +92,8 @@ def log_of(run: FeatureRun, partition: str) -> str:
         "tables": [table.model_dump(mode="json", exclude={"path"}) for table in run.tables],
         "derive": run.derive,
     }
+    if run.positive is not None:
+        settings["positive"] = run.positive
     return hashlib.sha256(dump_json(settings)).hexdigest()[:16]
 
 
@@ -117,6 +119,12 @@ def check_rows(run: FeatureRun, pipeline: FeaturePipeline, partition: str) -> di
     reasons = dict(found.select(REASON, "len").iter_rows())
     good = reasons.pop(None, 0)
     limit_bad(run, partition, sum(reasons.values()), good, reasons)
+    if good == 0 and run.positive is not None:
+        remedy = "mend the log, or name the day in data.without_log" if run.data.split.by_day else "check data.split"
+        raise DataError(
+            f"{partition}: {run.data.path} has no rows whose label {run.positive!r} is 1, and a retrieval model learns "
+            f"from no others; {remedy}"
+        )
     if good == 0:
         raise DataError(f"{partition}: {run.data.path} has no rows for it; check the path, data.where and data.split")
     kept = found.filter(pl.col(REASON).is_null())

@@ -13,7 +13,7 @@ from base.storage import exclusive, is_published, read_manifest, resolve
 from features.columns import explained, require, sql
 from features.split import EachDay, days_of
 from pipelines.config import Retrieval, Run
-from pipelines.rankings import corpus_of
+from pipelines.rankings import corpus_of, window_before
 from pipelines.tracking import model_of
 from recsys.bundle import Bundle
 from recsys.device import pick_device
@@ -44,16 +44,16 @@ def index(
 
 
 def index_of(run: Run, bundle: Bundle, version: str, *, say: Callable[[str], None] = print) -> Path:
-    """The folder of an index of this very bundle, built first if the published one is of another.
+    """The folder of an index of this very bundle, built first if there is none.
 
-    The folder outlasts what is published next, of which the last three are kept.
+    It is built as well if the published one is of other settings, of other days, or of another table of items; the
+    days' logs are not read to compare them. The folder outlasts what is published next, of which the last three are
+    kept.
     """
+    retrieval = retrieval_of(run, "index")
     with _alone(run, say):
-        if is_published(run.index_path):
-            folder = resolve(run.index_path, KIND)
-            if read_manifest(folder).about.get("bundle") == bundle.version:
-                return folder
-        _build(run, retrieval_of(run, "index"), bundle, version, overwrite=True, if_missing=False, say=say)
+        if not _is_there(run, _settings(run, retrieval, bundle, _known(run, bundle)[0])):
+            _build(run, retrieval, bundle, version, overwrite=True, if_missing=False, say=say)
         return resolve(run.index_path, KIND)
 
 
@@ -76,11 +76,9 @@ def _build(
     bundle = bundle.to(pick_device(run.device))
     partitions, asking = _known(run, bundle)
     about = _about(run, retrieval, bundle, partitions)
-    if if_missing and is_published(run.index_path):
-        found = read_manifest(resolve(run.index_path, KIND)).about
-        if about.items() <= found.items():
-            say(f"index of version {version}: there already")
-            return
+    if if_missing and _is_there(run, about):
+        say(f"index of version {version}: there already")
+        return
     with explained("[retrieval], the corpus"):
         items = corpus_of(run, _columns(run, retrieval, bundle), partitions)
     depth = run.recommend.depth(items.height)
@@ -122,7 +120,11 @@ def first_rows(rows: pl.LazyFrame, user: str, columns: Sequence[str]) -> pl.Data
 
 
 def _known(run: Run, bundle: Bundle) -> tuple[list[str], str]:
-    """The partitions whose items are the log's corpus, and one with users to measure the index by."""
+    """The partitions whose items are the log's corpus, and one with users to measure the index by.
+
+    Where days have no roles: the last day that the bundle has seen, and those of the `daily.window_days` days before
+    it that are in the log, as the gate's question about that day has them.
+    """
     source = run.source
     if not isinstance(run.data.split, EachDay):
         return [p for role in ("train", "valid", "test") for p in source.partitions(role)], source.partitions("valid")[
@@ -135,11 +137,25 @@ def _known(run: Run, bundle: Bundle) -> tuple[list[str], str]:
             "or name a model that was trained with --day"
         )
     last = max(days_of(d)[0] for d in days)
-    return [*source.days_before(last), f"day={last}"], f"day={last}"
+    logged = set(source.days_before(last))
+    return [*(p for p in window_before(run, last) if p in logged), f"day={last}"], f"day={last}"
+
+
+def _is_there(run: Run, about: dict[str, Any]) -> bool:
+    """Whether an index is published of which all that is true."""
+    if not is_published(run.index_path):
+        return False
+    return about.items() <= read_manifest(resolve(run.index_path, KIND)).about.items()
 
 
 def _about(run: Run, retrieval: Retrieval, bundle: Bundle, partitions: list[str]) -> dict[str, Any]:
     """What decides an index."""
+    about = _settings(run, retrieval, bundle, partitions)
+    return about if retrieval.items is not None else about | {"log": [run.source.fingerprint(p) for p in partitions]}
+
+
+def _settings(run: Run, retrieval: Retrieval, bundle: Bundle, partitions: list[str]) -> dict[str, Any]:
+    """What decides an index, but for the files of the log."""
     about: dict[str, Any] = {
         "bundle": bundle.version,
         "index": run.index.model_dump(mode="json"),
@@ -149,7 +165,7 @@ def _about(run: Run, retrieval: Retrieval, bundle: Bundle, partitions: list[str]
     }
     if retrieval.items is not None:
         return about | {"items_sha256": run.source.fingerprint_of(retrieval.items)}
-    return about | {"log": [run.source.fingerprint(p) for p in partitions]}
+    return about | {"partitions": partitions}
 
 
 def _columns(run: Run, retrieval: Retrieval, bundle: Bundle) -> list[str]:

@@ -50,7 +50,7 @@ def profile_of(run: Run, bundle: Bundle, reference: Reference, partition: str) -
     if read_manifest(folder).about.get("bundle") != bundle.version:
         return found
     scored = pl.scan_parquet(folder / "part-*.parquet")
-    if run.data.where is not None:  # every row is scored, but the model was trained on these
+    if run.data.where is not None or run.positive is not None:  # every row is scored; the model was trained on these
         scored = scored.join(good_rows(run, partition).select(run.data.key), on=run.data.key, how="semi")
     return found.model_copy(update={"scores": count(scored, reference.score_bins).features})
 

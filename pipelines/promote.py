@@ -139,17 +139,20 @@ class _Measured:
 
 
 def _by_scores(run: Run, bundle: Bundle, reference: Bundle | None, partitions: Sequence[str]) -> _Measured:
+    comparable = None if reference is not None and isinstance(reference.model, TwoTower) else reference
     scored = _scored(run, bundle, partitions)
-    reference_scored = _scored(run, reference, partitions) if reference else None
+    reference_scored = _scored(run, comparable, partitions) if comparable else None
     evidence = compare(
         scored,
         reference_scored,
         bundle.outputs,
         run.gate,
-        champion_outputs=reference.outputs if reference else (),
+        champion_outputs=comparable.outputs if comparable else (),
         by=run.evaluate.slices,
         user=run.evaluate.user,
     )
+    if reference is not comparable and reference is not None:
+        evidence = _against_another_kind(evidence, reference, "gives no probabilities")
     return _Measured(evidence, lambda name: record(run, bundle, scored, name), scored, reference_scored)
 
 
@@ -180,8 +183,13 @@ def _by_recall(run: Run, bundle: Bundle, reference: Bundle | None, partitions: S
     champion_US = recalls[1] if comparable is not None else None
     evidence = compare_recall(recalls[0], champion_US, run.gate, k=asked[0].cuts.k[0], at_least=floor)
     if reference is not comparable and reference is not None:
-        text = f"the champion is of model {reference.model_config.name!r}, which ranks no items"
-        reason = Reason(ruling="refuse", text=f"{text}; give this model an mlflow.model of its own")
-        evidence = evidence.model_copy(update={"champion": True, "reasons": (*evidence.reasons, reason)})
+        evidence = _against_another_kind(evidence, reference, "ranks no items")
     table = ranked[0].table
     return _Measured(evidence, lambda name: record_ranking(run, bundle, asked[0], table, name), pl.DataFrame(), None)
+
+
+def _against_another_kind(evidence: Evidence, champion: Bundle, lack: str) -> Evidence:
+    """Refused, since the champion cannot be measured as the candidate is."""
+    text = f"the champion is of model {champion.model_config.name!r}, which {lack}"
+    reason = Reason(ruling="refuse", text=f"{text}; give this model an mlflow.model of its own")
+    return evidence.model_copy(update={"champion": True, "reasons": (*evidence.reasons, reason)})

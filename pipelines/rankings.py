@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -200,10 +201,15 @@ def _seen_before(run: Run, partitions: Sequence[str]) -> list[str]:
             (first,) = days_of(partitions[0].removeprefix("day="))
         except ValueError:
             raise ConfigError(f"partition {partitions[0]!r}: this log is split by day; write day=2026-03-01") from None
-        days = run.data.days(run.data.day_before(first, run.daily.window_days), run.data.day_before(first))
-        return [f"day={day}" for day in days]
+        return window_before(run, first)
     earlier = [*run.source.partitions("train"), *run.source.partitions("valid")]
     return [p for p in earlier if p not in partitions]
+
+
+def window_before(run: Run, day: date) -> list[str]:
+    """Partitions of the `daily.window_days` days before one; with it, whose items are the log's corpus."""
+    days = run.data.days(run.data.day_before(day, run.daily.window_days), run.data.day_before(day))
+    return [f"day={day}" for day in days]
 
 
 def _about(run: Run, towers: Towers, seen: Sequence[str], asked: Sequence[str]) -> dict[str, Any]:

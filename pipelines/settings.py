@@ -62,6 +62,7 @@ class FeatureRun(Config):
     train: Any = None
     sparsity: Any = None
     retrieval: Any = None
+    """Where it is given, the run's rows are those whose first label is 1."""
     index: Any = None
     recommend: Any = None
     sampling: Any = None
@@ -101,7 +102,13 @@ class FeatureRun(Config):
 
     @property
     def source(self) -> Source:
-        return Source(self.data, self.tables, self.derive)
+        """The log. Of a retrieval run only positive rows are learned from, counted and asked about."""
+        return Source(self.data, self.tables, self.derive, positive=self.positive)
+
+    @property
+    def positive(self) -> str | None:
+        """The label that a retrieval run's rows have."""
+        return None if self.retrieval is None else self.labels[0]
 
     @property
     def pipeline(self) -> FeaturePipeline:

@@ -1,6 +1,7 @@
 """Sources: every format, time, table and label that a run file can ask for; rows that cannot be used, and why."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -455,6 +456,38 @@ def test_rows_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     }
     assert rows.filter(pl.col("k") == 6)[REASON].to_list() == ["label y is NaN, not 0 or 1"]
     assert rows.height == 11
+
+
+def test_rows_of_a_positive_label_are_as_if_where_said_so_but_for_labels_that_are_none(tmp_path: Path) -> None:
+    """A pair that was a negative first is not repeated; what is neither 1 nor 0 is bad, not left out."""
+    rows = [(1, 0.0), (1, 1.0), (2, 1.0), (2, 1.0), (None, 0.0), (3, None), (4, 2.0), (5, float("nan"))]
+    folder = tmp_path / "day=2026-03-01"
+    folder.mkdir()
+    pl.DataFrame(rows, schema=["k", "y"], orient="row").write_parquet(folder / "a.parquet")
+    plain = source(tmp_path / "day=*/*.parquet", split=DAYS, time="day")
+    found = replace(plain, positive="y").checked("day=2026-03-01")
+    for engine in ("streaming", "in-memory"):
+        marked = found.collect(engine=engine)
+        assert marked.select("k", REASON).rows() == [
+            (1, None),
+            (2, None),
+            (2, "key k is repeated"),
+            (3, "label y is null"),
+            (4, "label y is 2.0, not 0 or 1"),
+            (5, "label y is NaN, not 0 or 1"),
+        ]
+        assert marked.filter(pl.col(REASON).is_null())["@y"].to_list() == [1, 1]
+    assert plain.checked("day=2026-03-01").collect().height == len(rows)
+
+
+def test_a_positive_label_that_is_not_mature_is_kept_and_unknown(tmp_path: Path) -> None:
+    folder = tmp_path / "log/day=2026-03-01"
+    folder.mkdir(parents=True)
+    pl.DataFrame(late_rows(1)).write_parquet(folder / "a.parquet")
+    late = {**LATE, "observed_until": "2026-03-02"}
+    rows = replace(source(tmp_path / "log/day=*/*.parquet", time="day", **late), positive="buy")
+    found = rows.checked("day=2026-03-01").collect()
+    assert found.select("k", "@buy", REASON).rows() == [(10, None, None)]
 
 
 def test_the_first_of_repeated_rows_is_good(tmp_path: Path) -> None:

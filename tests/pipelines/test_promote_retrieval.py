@@ -244,6 +244,12 @@ def test_a_champion_that_ranks_nothing_is_named(folder: Path, run: Run, registry
     registry.promote(registry.find("1"), again=True)
     with pytest.raises(ConfigError, match="the version is of model 'lr', which ranks no items"):
         promote(run, version=version.version, partition=VALID)
+    found = promote(lr, version=version.version, partition=VALID)
+    assert found.decision == "refused"
+    texts = [r.text for r in found.reasons if r.ruling == "refuse"]
+    sentence = "the champion is of model 'two_tower', which gives no probabilities; give this model an mlflow.model of"
+    assert f"{sentence} its own" in texts
+    assert not any("similarity" in text for text in texts)
 
 
 def test_gates_of_outputs_and_of_other_models_are_refused(folder: Path) -> None:

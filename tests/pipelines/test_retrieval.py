@@ -163,6 +163,29 @@ def test_without_a_table_the_corpus_is_the_logs(folder: Path) -> None:
     assert evaluate(run)["items"][0] == log()["item"].n_unique()
 
 
+def test_rows_that_are_not_positive_change_nothing(folder: Path, tmp_path: Path) -> None:
+    """It is the run whose data.where leaves them out, though a pair may stand in the log as a negative first."""
+    rng = np.random.default_rng(1)
+    shown = pl.DataFrame({"user": rng.integers(0, USERS, 900), "item": [f"i{i:02}" for i in rng.integers(0, 54, 900)]})
+    others = {"part": pl.lit("log"), "group": pl.lit("k8"), "liked": pl.lit(0)}
+    negatives = shown.unique(maintain_order=True).with_columns(**others)
+    pl.concat([negatives, log()]).write_parquet(tmp_path / "log.parquet")
+    corpus().write_parquet(tmp_path / "items.parquet")
+    made: list[tuple[str, list[pl.DataFrame]]] = []
+    for output, where in (("all", None), ("where", "liked = 1")):
+        run = run_of(tmp_path, output, data__where=where)
+        fitted = prepare(run, say=quiet)
+        assert fitted.counts_of("item").sum() == pl.read_parquet(run.examples_path("split=train") / "*.parquet").height
+        tables = [pl.read_parquet(run.examples_path(f"split={part}") / "*.parquet") for part in ("train", "valid")]
+        question = ranking_of(run, fitted, ["split=valid"]).folder
+        tables += [pl.read_parquet(question / file) for file in ("items.parquet", "users.parquet")]
+        made.append((fitted.version, tables))
+    (ours, tables), (theirs, expected) = made
+    assert ours == theirs
+    assert all(a.equals(b) for a, b in zip(tables, expected, strict=True))
+    assert (resolve(run_of(tmp_path, "all").examples_path("split=train")) / "rejected.parquet").exists() is False
+
+
 class Stop(Exception):  # noqa: N818  (no error)
     """Ends a training."""
 

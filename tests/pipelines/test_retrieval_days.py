@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from base.errors import ArtefactError, ConfigError, RegistryError
 from base.storage import is_published, publish, published, read_manifest, resolve
+from features.source import Files, Source
 from pipelines import cli
 from pipelines.clean import clean
 from pipelines.config import Run
@@ -104,6 +105,35 @@ def test_an_index_of_the_model_is_not_built_again(run: Run, registry: ModelRegis
     said: list[str] = []
     assert index_of(run, bundle_of(registry, "1"), "1", say=said.append) == before
     assert said == []
+
+
+def test_an_index_of_other_settings_or_items_is_built_again(
+    run: Run, registry: ModelRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where `recommend` would refuse it, as it does one that was measured for fewer items."""
+    bundle, partition = bundle_of(registry, "1"), f"day={TODAY}"
+    few, many = (run_of(tmp_path.parent, index={"kind": "hnsw"}, recommend={"k": k}) for k in (5, 9))
+    few, many = (r.model_copy(update={k: getattr(run, k) for k in ("output", "data", "tables", "retrieval", "mlflow")})
+                 for r in (few, many))  # fmt: skip
+    index_of(few, bundle, "1", say=quiet)
+    with pytest.raises(ArtefactError, match="measured for the first 5 items"):
+        recommend(many, partition=partition, overwrite=True, say=quiet)
+    recommend(many, partition=partition, build_index=True, overwrite=True, say=quiet)
+    made = resolve(run.index_path, KIND)
+    assert read_manifest(made).about["k"] == 9
+    test_retrieval.corpus().head(ITEMS - 1).write_parquet(tmp_path / "items.parquet")
+    assert many.retrieval is not None
+    files = many.retrieval.model_copy(update={"items": Files(path=str(tmp_path / "items.parquet"))})
+    fewer = many.model_copy(update={"retrieval": files})
+    assert read_manifest(index_of(fewer, bundle, "1", say=quiet)).about["items"] == ITEMS - 1
+    test_retrieval.corpus().head(ITEMS - 2).write_parquet(tmp_path / "items.parquet")
+    assert read_manifest(index_of(fewer, bundle, "1", say=quiet)).about["items"] == ITEMS - 2
+
+    own = many.model_copy(update={"retrieval": files.model_copy(update={"items": None})})
+    made = index_of(own, bundle, "1", say=quiet)
+    assert "log" in read_manifest(made).about
+    monkeypatch.setattr(Source, "fingerprint", None)  # the log is not read again to find that it is there
+    assert index_of(own, bundle, "1", say=quiet) == made
 
 
 def at_once(*work: Callable[[], None]) -> None:
