@@ -61,7 +61,7 @@ def demo_retrieval(output: Path, log: CatalogueConfig) -> None:
     prepare(ranking, overwrite=True)
     _learn(ranking, f"{ranking.model.name}, on all impressions of days 1 to 4")
     _step("recommend", "to the users of day 6, in two stages")
-    ticker = Ticker("recommend")
+    ticker = Ticker("recommend", rows="users")
     published = recommend(candidates, partition=HELD_OUT, overwrite=True, on_users=ticker.on_rows)
     ticker.close()
     _step("report", "what was learned, as one page")
