@@ -496,21 +496,13 @@ _PAIR_COLUMNS = {
 
 def _pair_table(file: Path) -> str:
     """Differences within a seed, that is on one log: mean, deviation, and in how many seeds the first is larger."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for record in records.read(file):
-        found.setdefault(record["name"], {})[record["seed"]] = record
     lines = [f"| log | difference | {' | '.join(_PAIR_COLUMNS)} |", "|---" * (len(_PAIR_COLUMNS) + 2) + "|"]
     for log in LOGS:
         for first, second in _PAIRS:
-            a, b = (found.get(f"{log.name} | {name}", {}) for name in (first, second))
-            seeds = sorted(a.keys() & b.keys())
-            if len(seeds) < 2:
-                continue
-            cells: list[str] = []
-            for figure in _PAIR_COLUMNS.values():
-                x = np.array([a[seed][figure] - b[seed][figure] for seed in seeds])
-                cells.append(f"{x.mean():+.4f} ± {x.std(ddof=1):.4f} ({(x > 0).sum()}/{x.size})")
-            lines.append(f"| {log.name} | {first} - {second} | {' | '.join(cells)} |")
+            names = (f"{log.name} | {first}", f"{log.name} | {second}")
+            found = records.differences(file, *names, list(_PAIR_COLUMNS.values()))
+            if len(found[0]) > 1:
+                lines.append(f"| {log.name} | {first} - {second} | {' | '.join(records.told(d) for d in found)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 

@@ -75,13 +75,10 @@ def table(file: Path = RECORDS) -> str:
 
 def _paired(file: Path) -> str:
     """Differences within a seed, which share the log."""
-    found: dict[tuple[str, int], float] = {(r["name"], r["seed"]): r["auc"] for r in records.read(file)}
-    first = next(iter(CONFIGURATIONS))
+    first, *others = CONFIGURATIONS
     told: list[str] = []
-    for name in list(CONFIGURATIONS)[1:]:
-        gains = [
-            found[name, s] - found[first, s] for s in range(1, SEEDS + 1) if {(name, s), (first, s)} <= found.keys()
-        ]
+    for name in others:
+        (gains,) = records.differences(file, name, first, ["auc"])
         if len(gains) > 1:
             told.append(f"`{name}`: {np.mean(gains):+.4f} ± {np.std(gains, ddof=1):.4f} in {len(gains)} seeds")
     return f"Gain of AUC over `{first}` within a seed: {'; '.join(told)}." if told else ""

@@ -101,15 +101,19 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def by_seed(file: Path, name: str) -> dict[int, dict[str, Any]]:
+    """The records of the newest configuration recorded for a name, the last of each seed."""
+    mine = [r for r in read(file) if r["name"] == name]
+    return {r["seed"]: r for r in mine if r["config_hash"] == mine[-1]["config_hash"]}
+
+
 def summary(file: Path, names: Iterable[str], figures: Sequence[str]) -> list[dict[str, Any]]:
     """Per name: mean and standard deviation over the seeds of the newest configuration recorded for it."""
-    records = read(file)
     rows: list[dict[str, Any]] = []
     for name in names:
-        mine = [r for r in records if r["name"] == name]
+        mine = list(by_seed(file, name).values())
         if not mine:
             continue
-        mine = list({r["seed"]: r for r in mine if r["config_hash"] == mine[-1]["config_hash"]}.values())
         row: dict[str, Any] = {"name": name, "n": len(mine), "commits": sorted({r["commit"] for r in mine})}
         for figure in figures:
             values = [r[figure] for r in mine]
@@ -117,6 +121,19 @@ def summary(file: Path, names: Iterable[str], figures: Sequence[str]) -> list[di
             row[f"{figure}_sd"] = statistics.stdev(values) if len(values) > 1 else float("nan")
         rows.append(row)
     return rows
+
+
+def differences(file: Path, name: str, base: str, figures: Sequence[str]) -> list[list[float]]:
+    """Per figure, that of `name` less that of `base`, within each seed that both have."""
+    ours, theirs = by_seed(file, name), by_seed(file, base)
+    seeds = sorted(ours.keys() & theirs.keys())
+    return [[ours[seed][figure] - theirs[seed][figure] for seed in seeds] for figure in figures]
+
+
+def told(differences: Sequence[float]) -> str:
+    """Mean, standard deviation, and of how many it is a gain."""
+    gains = sum(d > 0 for d in differences)
+    return f"{statistics.mean(differences):+.4f} ± {statistics.stdev(differences):.4f} ({gains}/{len(differences)})"
 
 
 def seconds(text: str) -> float:

@@ -34,7 +34,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 import torch
 
@@ -456,24 +455,12 @@ def _table(file: Path, part: str, names: Sequence[str], columns: Mapping[str, st
 
 def _gains(file: Path, part: str, kinds: Sequence[Kind], columns: Mapping[str, str]) -> str:
     """Differences to the first kind within a seed: mean, deviation, and in how many seeds it is a gain."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for record in records.read(file):
-        mine = found.setdefault(record["name"], {})
-        if any(r["config_hash"] != record["config_hash"] for r in mine.values()):
-            mine.clear()  # of an older configuration
-        mine[record["seed"]] = record
-    first, *others = (found.get(f"{part} | {kind.name}", {}) for kind in kinds)
-    lines = [f"| {part}, gain over {kinds[0].name} | {' | '.join(columns)} | seeds |"]
-    lines.append("|---" * (len(columns) + 2) + "|")
-    for kind, records_of in zip(kinds[1:], others, strict=True):
-        seeds = sorted(first.keys() & records_of.keys())
-        if len(seeds) < 2:
-            continue
-        cells: list[str] = []
-        for figure in columns.values():
-            x = np.array([records_of[seed][figure] - first[seed][figure] for seed in seeds])
-            cells.append(f"{x.mean():+.4f} ± {x.std(ddof=1):.4f} ({(x > 0).sum()})")
-        lines.append(f"| {kind.name} | {' | '.join(cells)} | {len(seeds)} |")
+    lines = [f"| {part}, gain over {kinds[0].name} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for kind in kinds[1:]:
+        names = (f"{part} | {kind.name}", f"{part} | {kinds[0].name}")
+        found = records.differences(file, *names, list(columns.values()))
+        if len(found[0]) > 1:
+            lines.append(f"| {kind.name} | {' | '.join(records.told(d) for d in found)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 

@@ -172,7 +172,7 @@ def test_gains_are_within_a_seed(tmp_path: Path) -> None:
         record(f"ml-1m | {second}", 0.29, seed=2),
     )
     *_, row = bench.tables(file)["ml-1m gains"].splitlines()
-    assert row == f"| {second} |{' +0.0050 ± 0.0212 (1) |' * len(bench._BY_SLICE)} 2 |"
+    assert row == f"| {second} |{' +0.0050 ± 0.0212 (1/2) |' * len(bench._BY_SLICE)}"
     *_, one, other = bench.tables(file)["ml-1m"].splitlines()
     assert one == f"| {first} |{' 0.2000 ± 0.1000 |' * len(bench._OF_LOG)} 3 |"
     assert other == f"| {second} |{' 0.2550 ± 0.0495 |' * len(bench._OF_LOG)} 2 |"
