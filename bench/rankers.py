@@ -196,7 +196,7 @@ class Vectors:
         queries_QD = self.users_UD[torch.from_numpy(places(self.users, asked))]
         items_ID = self.items_ID[torch.from_numpy(places(self.items, listed))]
         pairs = (ranking.pairs(SEEN), ranking.pairs(RELEVANT))
-        return figures(measure([queries_QD], items_ID, *pairs, ranking.slices(), ranking.cuts.k))
+        return figures(measure([queries_QD], items_ID, *pairs, ranking.slices(), ranking.cuts.k).table)
 
 
 def places(ascending: pl.Series, values: pl.Series) -> Any:

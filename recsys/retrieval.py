@@ -155,14 +155,14 @@ def rank_items(forward: Forward, model: TwoTower, ranking: Ranking, *, brief: bo
             pass
         return pl.DataFrame()
     seen, relevant, slices_I = ranking.pairs(SEEN), ranking.pairs(RELEVANT), ranking.slices()
-    return measure(queries, items_ID, seen, relevant, slices_I, ranking.cuts.k, brief=brief)
+    return measure(queries, items_ID, seen, relevant, slices_I, ranking.cuts.k, brief=brief).table
 
 
 def rank_users(forward: Forward, model: TwoTower, ranking: Ranking, slices_I: NDArray[np.int64]) -> Ranked:
     """The metrics of a model and the recall of every user, the items sliced as `slices_I` says; on one process."""
     items_ID = torch.cat([model.items(logits_BL) for logits_BL in forward(ranking.items)])
     queries = (model.queries(logits_BL) for logits_BL in forward(ranking.users))
-    return measure_each(queries, items_ID, ranking.pairs(SEEN), ranking.pairs(RELEVANT), slices_I, ranking.cuts.k)
+    return measure(queries, items_ID, ranking.pairs(SEEN), ranking.pairs(RELEVANT), slices_I, ranking.cuts.k)
 
 
 def recall_by_chance(ranking: Ranking) -> float:
@@ -177,7 +177,8 @@ def recall_by_popularity(ranking: Ranking) -> float:
     queries = torch.ones(ranking.rows(), 1).split(_BATCH)
     items_ID = torch.from_numpy(counts_I.astype(np.float32))[:, None]
     seen, relevant = ranking.pairs(SEEN), ranking.pairs(RELEVANT)
-    return measure(queries, items_ID, seen, relevant, counts_I, ranking.cuts.k[:1], brief=True)["recall"][0] or 0.0
+    found = measure(queries, items_ID, seen, relevant, counts_I, ranking.cuts.k[:1], brief=True)
+    return found.table["recall"][0] or 0.0
 
 
 def measure(
@@ -189,25 +190,11 @@ def measure(
     k: tuple[int, ...],
     *,
     brief: bool = False,
-) -> pl.DataFrame:
-    """What `rank_items` gives, from vectors_CD of queries in parts of any size, in the order of the pairs.
-
-    A query's relevant items may not be among those it has seen.
-    """
-    return measure_each(queries, items_ID, seen, relevant, slices_I, k, brief=brief).table
-
-
-def measure_each(
-    queries: Iterable[Tensor],
-    items_ID: Tensor,
-    seen: Pairs,
-    relevant: Pairs,
-    slices_I: NDArray[np.int64],
-    k: tuple[int, ...],
-    *,
-    brief: bool = False,
 ) -> Ranked:
-    """The same, and the recall of each query; of all items alone in `brief`."""
+    """What full ranking finds, from vectors_CD of queries in parts of any size, in the order of the pairs.
+
+    A query's relevant items may not be among those it has seen. In `brief` of all items alone.
+    """
     return measure_scores(_products(queries, items_ID), seen, relevant, slices_I, k, brief=brief)
 
 
@@ -235,7 +222,7 @@ def measure_scores(
     *,
     brief: bool = False,
 ) -> Ranked:
-    """What `measure_each` gives, from scores_CI of parts of the queries, which are overwritten.
+    """What `measure` gives, from scores_CI of parts of the queries, which are overwritten.
 
     Columns beyond the items are padding.
     """
