@@ -1,58 +1,103 @@
 """The summed gradients of all weights, active or not, of the rows that a window of batches touches, within bounds."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from recsys.draws import mixed
 
-# Shape suffixes: N = lookups of a batch, K = rows kept, D = embedding dimension, X = bags of a batch.
+# Shape suffixes: N = lookups of a batch, K = rows kept, D = embedding dimension, X = bags of a batch, H = slots of the
+# hash table.
+
+_FIRST = 2**12
+"""Rows there is room for at first."""
 
 
-@dataclass
 class Collector:
-    """Sums over a window, for at most `limit` rows: those whose hash is lowest, the same all through the window."""
+    """Sums over a window, for at most `limit` rows: those whose hash is lowest, the same all through the window.
 
-    limit: int
-    salt: int
-    """Another for each window, so that each keeps another sample."""
-    dim: int
-    ceiling: int = 2**32
-    """Rows with a hash of as much or more are left out: it falls as more rows are met."""
-    rows_K: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    sums_KD: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    Where a row's sums stand is in a hash table, so that a batch costs what the batch has, not what is there already.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        salt: int,
+        dim: int,
+        ceiling: int = 2**32,
+        rows_K: Tensor | None = None,
+        sums_KD: Tensor | None = None,
+    ) -> None:
+        self.limit = limit
+        self.salt = salt
+        """Another for each window, so that each keeps another sample."""
+        self.dim = dim
+        self.ceiling = ceiling
+        """Rows with a hash of as much or more are left out: it falls as more rows are met."""
+        self._hold(
+            torch.empty(0, dtype=torch.int64) if rows_K is None else rows_K,
+            torch.empty(0, dim) if sums_KD is None else sums_KD,
+        )
+
+    @property
+    def rows_K(self) -> Tensor:
+        """Ascending."""
+        self._sort()
+        return self._rows[: self._count]
+
+    @property
+    def sums_KD(self) -> Tensor:
+        """Of `rows_K`."""
+        self._sort()
+        return self._sums[: self._count]
 
     def add(self, row_N: Tensor, bag_N: Tensor, weight_N: Tensor | None, grad_XD: Tensor) -> None:
         """The gradient of a lookup's bags: each row in a bag has its weight's share of it."""
-        row_N, bag_N = row_N.cpu(), bag_N.cpu()
-        weight_N = None if weight_N is None else weight_N.cpu()
+        row_N, bag_N, grad_XD = row_N.cpu(), bag_N.cpu(), grad_XD.detach().cpu()
+        weight_N = torch.empty(0) if weight_N is None else weight_N.cpu()
         if self.ceiling < 2**32:
             kept_N = (_hash(row_N, self.salt) < self.ceiling).nonzero().squeeze(1)
             row_N, bag_N = row_N[kept_N], bag_N[kept_N]
-            weight_N = None if weight_N is None else weight_N[kept_N]
-        grad_ND = grad_XD.cpu().index_select(0, bag_N)
-        if weight_N is not None:
-            grad_ND.mul_(weight_N.unsqueeze(1))
-        known = len(self.rows_K)
-        rows_K, place_X = torch.unique(torch.cat([self.rows_K, row_N]), return_inverse=True)
-        sums_KD = torch.zeros(len(rows_K), self.dim)
-        if known:
-            sums_KD.index_add_(0, place_X[:known], self.sums_KD)
-        sums_KD.index_add_(0, place_X[known:], grad_ND)
-        self.rows_K, self.sums_KD = rows_K, sums_KD
-        if len(rows_K) > self.limit:
+            weight_N = weight_N[kept_N] if len(weight_N) else weight_N
+        place_N = torch.empty_like(row_N)
+        known, done = self._count, 0
+        while done < len(row_N):
+            rows, slots = self._rows.numpy(), self._slots.numpy()
+            done, self._count = _find(done, row_N.numpy(), rows, self._count, slots, place_N.numpy())
+            if done < len(row_N):
+                self._hold(self._rows[: self._count], self._sums[: self._count])
+        self._sorted &= self._count == known
+        _sum(place_N.numpy(), bag_N.numpy(), weight_N.numpy(), grad_XD.numpy(), self._sums.numpy())
+        if self._count > self.limit:
             self._thin()
 
     def _thin(self) -> None:
         """Leave rows out until at most `limit` are there."""
-        hash_K = _hash(self.rows_K, self.salt)
+        rows_K = self.rows_K
+        hash_K = _hash(rows_K, self.salt)
         self.ceiling = int(hash_K.sort().values[self.limit])
         kept_K = hash_K < self.ceiling
-        self.rows_K, self.sums_KD = self.rows_K[kept_K], self.sums_KD[kept_K]
+        self._hold(rows_K[kept_K], self.sums_KD[kept_K])
+
+    def _sort(self) -> None:
+        if not self._sorted:
+            order_K = self._rows[: self._count].argsort()
+            self._hold(self._rows[order_K], self._sums[order_K])
+            self._sorted = True
+
+    def _hold(self, rows_K: Tensor, sums_KD: Tensor) -> None:
+        """These, with room for half as many more at least, or up to the limit."""
+        count = len(rows_K)
+        room = max(_FIRST, min(2 * count, max(self.limit, count + count // 2)))
+        self._count, self._sorted = count, bool((rows_K[1:] > rows_K[:-1]).all())
+        self._rows, self._sums = torch.zeros(room, dtype=torch.int64), torch.zeros(room, self.dim)
+        self._rows[:count], self._sums[:count] = rows_K, sums_KD
+        self._slots = torch.full((2 ** (2 * room - 1).bit_length(),), -1, dtype=torch.int32)
+        _index(self._rows.numpy(), count, self._slots.numpy())
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint needs of it."""
@@ -70,3 +115,42 @@ def _hash(row_N: Tensor, salt: int) -> Tensor:
     """In [0, 2^32)."""
     counter_N = row_N.numpy().astype(np.uint64) + np.uint64(salt) * np.uint64(2**32)
     return torch.from_numpy((mixed(counter_N) >> np.uint64(32)).astype(np.int64))
+
+
+@njit(cache=True)
+def _slot(row, rows_K, slots_H):
+    """Where in the hash table the row's place is, or belongs: linear probing from a multiplicative hash."""
+    last = np.uint64(len(slots_H) - 1)
+    slot = ((np.uint64(row) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) & last
+    while slots_H[slot] >= 0 and rows_K[slots_H[slot]] != row:
+        slot = (slot + np.uint64(1)) & last
+    return slot
+
+
+@njit(cache=True)
+def _index(rows_K, count, slots_H):
+    for place in range(count):
+        slots_H[_slot(rows_K[place], rows_K, slots_H)] = place
+
+
+@njit(cache=True)
+def _find(start, row_N, rows_K, count, slots_H, place_N):
+    """The places of lookups from `start` on, new rows at the end, until there is no room: how far it came, and rows."""
+    for n in range(start, len(row_N)):
+        slot = _slot(row_N[n], rows_K, slots_H)
+        if slots_H[slot] < 0:
+            if count == len(rows_K):
+                return n, count
+            rows_K[count], slots_H[slot] = row_N[n], count
+            count += 1
+        place_N[n] = slots_H[slot]
+    return len(row_N), count
+
+
+@njit(cache=True)
+def _sum(place_N, bag_N, weight_N, grad_XD, sums_KD):
+    for n in range(len(place_N)):
+        place, bag = np.uint64(place_N[n]), np.uint64(bag_N[n])
+        weight = weight_N[n] if len(weight_N) else np.float32(1)
+        for d in range(np.uint64(grad_XD.shape[1])):
+            sums_KD[place, d] += grad_XD[bag, d] * weight

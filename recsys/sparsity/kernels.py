@@ -15,7 +15,8 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Shape suffixes: N = lookups, S = slots of a row, D = embedding dimension, G = groups, R = rows, X = anything.
+# Shape suffixes: N = lookups, K = rows whose mask moves, S = slots of a row, D = embedding dimension, G = groups, R = rows,
+# X = anything.
 
 _PART = 2**14
 """Lookups that are worth a thread."""
@@ -182,3 +183,43 @@ def _sort(place_N, group_N, ends_G, next_G, index_N, chosen_N):
         next_G[group] += 1
         index_N[at] = place_N[n] - (ends_G[group - 1] if group else 0)
         chosen_N[at] = n
+
+
+@njit(cache=True)
+def exchange(size, positions_KS, values_KS, state_KS, strength_KD, missed_KD, wanted_K, accumulator):
+    """Drop weights of least magnitude and grow as many, at most `wanted_K`, where the strength is largest and not 0.
+
+    In place; positions stay ascending. What grows begins at `missed_KD`, its sum at `accumulator` where each weight has
+    one (`state_KS`). Of equals the first is taken.
+    """
+    dim, by_element = strength_KD.shape[1], state_KS.shape[1] > 0
+    left_D, value_D, sum_D = np.empty(dim, np.float32), np.empty(dim, np.float32), np.empty(dim, np.float32)
+    active_D = np.empty(dim, np.bool_)
+    for k in range(len(positions_KS)):
+        active_D[:] = False
+        for d in range(dim):
+            left_D[d] = abs(strength_KD[k, d])
+        for s in range(size):
+            d = positions_KS[k, s]
+            active_D[d], left_D[d], value_D[d] = True, 0, values_KS[k, s]
+            if by_element:
+                sum_D[d] = state_KS[k, s]
+        for _ in range(min(wanted_K[k], size, dim - size)):
+            grown = np.argmax(left_D)
+            if left_D[grown] == 0:
+                break
+            left_D[grown] = 0
+            least, dropped = np.float32(np.inf), -1
+            for s in range(size):  # those that were there at first
+                d = positions_KS[k, s]
+                if active_D[d] and (dropped < 0 or abs(value_D[d]) < least):
+                    least, dropped = abs(value_D[d]), d
+            active_D[dropped], active_D[grown] = False, True
+            value_D[grown], sum_D[grown] = missed_KD[k, grown], accumulator
+        s = 0
+        for d in range(dim):
+            if active_D[d]:
+                positions_KS[k, s], values_KS[k, s] = d, value_D[d]
+                if by_element:
+                    state_KS[k, s] = sum_D[d]
+                s += 1

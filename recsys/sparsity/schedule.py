@@ -12,6 +12,7 @@ from torch import Tensor
 
 from base.errors import ConfigError
 from recsys.sparsity.collect import Collector
+from recsys.sparsity.kernels import exchange
 from recsys.sparsity.layout import UNIT
 from recsys.sparsity.tables import Group, SparseTables
 
@@ -108,32 +109,21 @@ def _exchange(
     """Drop and grow within rows of a group."""
     size, dim, rows = group.size, tables.dim, len(index_K)
     index_K = index_K.to(group.values_NS.device)
-    positions_KS = group.positions_NS[index_K, :size].cpu().long()
-    active_KD = torch.zeros(rows, dim, dtype=torch.bool).scatter_(1, positions_KS, True)
-    weights_KD = torch.zeros(rows, dim).scatter_(1, positions_KS, group.values_NS[index_K, :size].cpu())
-    strength_KD = sums_KD.abs()
+    positions_KS, values_KS = group.positions_NS[index_K].cpu(), group.values_NS[index_K].cpu()
+    strength_KD = sums_KD
     if tables.sparsity.schedule.grow == "random":
         strength_KD = torch.rand(rows, dim, generator=generator)
-    strength_KD = strength_KD.masked_fill(active_KD, 0.0)
     # A fraction of a weight is one weight in that share of the rows.
     wanted_K = (fraction * size + torch.rand(rows, generator=generator)).long()
-    count_K = torch.minimum(wanted_K, (strength_KD > 0).sum(1)).clamp(max=min(size, dim - size))
-    chosen_KD = torch.arange(dim).expand(rows, -1) < count_K[:, None]
-    smallest_KD = weights_KD.abs().masked_fill(~active_KD, torch.inf).sort(dim=1, stable=True).indices
-    steepest_KD = strength_KD.sort(dim=1, descending=True, stable=True).indices
-    dropped_KD = torch.zeros_like(active_KD).scatter_(1, smallest_KD, chosen_KD)
-    grown_KD = torch.zeros_like(active_KD).scatter_(1, steepest_KD, chosen_KD)
-    after_KS = (active_KD & ~dropped_KD | grown_KD).nonzero()[:, 1].view(rows, size)
+    by_element = group.state is not None and group.state.ndim == 2
+    state_KS = group.state[index_K].cpu() if group.state is not None and by_element else torch.empty(rows, 0)
     missed_KD = tables.missed(group, index_K, sums_KD)
-    if group.state is not None and group.state.ndim == 2:
-        sums_KD = torch.full((rows, dim), tables.accumulator)
-        sums_KD.scatter_(1, positions_KS, group.state[index_K, :size].cpu())
-        sums_KD.masked_fill_(grown_KD, tables.accumulator)
-        group.state[index_K, :size] = sums_KD.gather(1, after_KS).to(index_K.device)
-    group.values_NS[index_K, :size] = (
-        torch.where(grown_KD, missed_KD, weights_KD).gather(1, after_KS).to(index_K.device)
-    )
-    group.positions_NS[index_K, :size] = after_KS.to(torch.uint8).to(index_K.device)
+    found = (positions_KS, values_KS, state_KS, strength_KD, missed_KD, wanted_K)
+    exchange(size, *(x.numpy() for x in found), tables.accumulator)
+    group.values_NS[index_K] = values_KS.to(index_K.device)
+    group.positions_NS[index_K] = positions_KS.to(index_K.device)
+    if group.state is not None and by_element:
+        group.state[index_K] = state_KS.to(index_K.device)
 
 
 def _redistribute(tables: SparseTables, seen: Collector, fraction: float) -> Tensor:
