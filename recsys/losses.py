@@ -65,34 +65,50 @@ def in_batch_softmax(
     if not len(ids_B):
         return (queries_BD.sum() + items_BD.sum()) * 0
     bias_B = items_BD.new_zeros(len(ids_B)) if log_q_B is None else -log_q_B.to(items_BD.dtype)
-    same_BB = (ids_B.unsqueeze(1) == ids_B).fill_diagonal_(False)
-    loss = _OwnOfAll.apply(queries_BD, items_BD, bias_B, same_BB, temperature)
+    loss = _OwnOfAll.apply(queries_BD, items_BD, bias_B, *_twins(ids_B), temperature)
     assert isinstance(loss, Tensor)
     return loss
 
 
+def _twins(ids_B: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs of rows that have the same id: one_P and other_P. A batch has few, B × B comparisons take longer."""
+    sorted_B, order_B = ids_B.sort()
+    first_B, behind_B = (torch.searchsorted(sorted_B, sorted_B, right=right) for right in (False, True))
+    many_B = behind_B - first_B
+    end_B = many_B.cumsum(0)
+    which_P = torch.repeat_interleave(many_B)
+    other_P = torch.arange(len(which_P), device=ids_B.device) - (end_B - many_B)[which_P] + first_B[which_P]
+    apart_P = which_P != other_P
+    return order_B[which_P[apart_P]], order_B[other_P[apart_P]]
+
+
 class _OwnOfAll(torch.autograd.Function):
-    """Mean log loss of each row's own column under softmax(Q Vᵀ / τ + bias), without the pairs in `same`.
+    """Mean log loss of each row's own column under softmax(Q Vᵀ / τ + bias), without the pairs (one, other).
 
     By hand, in one matrix of B × B, where autograd makes six.
     """
 
     @staticmethod
-    def forward(ctx: Any, q_BD: Tensor, v_BD: Tensor, bias_B: Tensor, same_BB: Tensor, temperature: float) -> Tensor:
-        x_BB = torch.addmm(bias_B, q_BD, v_BD.T, alpha=1 / temperature).masked_fill_(same_BB, -torch.inf)
+    def forward(
+        ctx: Any, q_BD: Tensor, v_BD: Tensor, bias_B: Tensor, one_P: Tensor, other_P: Tensor, temperature: float
+    ) -> Tensor:
+        x_BB = torch.addmm(bias_B, q_BD, v_BD.T, alpha=1 / temperature)
+        x_BB[one_P, other_P] = -torch.inf
         own_B, top_B1 = x_BB.diagonal().clone(), x_BB.amax(1, keepdim=True)
         total_B1 = x_BB.sub_(top_B1).exp_().sum(1, keepdim=True)
-        loss = (total_B1.log() + top_B1 - own_B.unsqueeze(1)).mean()
-        x_BB.div_(total_B1).diagonal().sub_(1)  # the loss's slope by each logit, times B
-        ctx.save_for_backward(q_BD, v_BD, x_BB)
+        ctx.save_for_backward(q_BD, v_BD, x_BB, total_B1)
         ctx.scale = 1 / (temperature * len(q_BD))
-        return loss
+        return (total_B1.log() + top_B1 - own_B.unsqueeze(1)).mean()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q_BD, v_BD, slope_BB = ctx.saved_tensors
+        q_BD, v_BD, x_BB, total_B1 = ctx.saved_tensors
         scale = gradients[0] * ctx.scale
-        return (slope_BB @ v_BD) * scale, (slope_BB.T @ q_BD) * scale, None, None, None
+        of_q_BD = (
+            (x_BB @ v_BD).div_(total_B1).sub_(v_BD)
+        )  # the slope by each logit is the softmax, less 1 for one's own
+        of_v_BD = (x_BB.T @ (q_BD / total_B1)).sub_(q_BD)
+        return of_q_BD * scale, of_v_BD * scale, None, None, None, None
 
 
 # In the entire space. D: rows with known labels; n_B: how many impressions a row stands for, 1 unless non-clicks were

@@ -1,7 +1,7 @@
 """The summed gradients of all weights, active or not, of the rows that a window of batches touches, within bounds."""
 
 from collections.abc import Mapping
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -17,6 +17,14 @@ _FIRST = 2**12
 """Rows there is room for at first."""
 
 
+class Seen(NamedTuple):
+    """Rows and their sums."""
+
+    rows_K: Tensor
+    """Ascending."""
+    sums_KD: Tensor
+
+
 class Collector:
     """Sums over a window, for at most `limit` rows: those whose hash is lowest, the same all through the window.
 
@@ -29,8 +37,7 @@ class Collector:
         salt: int,
         dim: int,
         ceiling: int = 2**32,
-        rows_K: Tensor | None = None,
-        sums_KD: Tensor | None = None,
+        seen: Seen | None = None,
     ) -> None:
         self.limit = limit
         self.salt = salt
@@ -38,22 +45,14 @@ class Collector:
         self.dim = dim
         self.ceiling = ceiling
         """Rows with a hash of as much or more are left out: it falls as more rows are met."""
-        self._hold(
-            torch.empty(0, dtype=torch.int64) if rows_K is None else rows_K,
-            torch.empty(0, dim) if sums_KD is None else sums_KD,
-        )
+        self._hold(*(seen or (torch.empty(0, dtype=torch.int64), torch.empty(0, dim))))
 
-    @property
-    def rows_K(self) -> Tensor:
-        """Ascending."""
-        self._sort()
-        return self._rows[: self._count]
-
-    @property
-    def sums_KD(self) -> Tensor:
-        """Of `rows_K`."""
-        self._sort()
-        return self._sums[: self._count]
+    def seen(self) -> Seen:
+        """What there is, not a copy."""
+        if not self._sorted:
+            order_K = self._rows[: self._count].argsort()
+            self._hold(self._rows[order_K], self._sums[order_K])
+        return Seen(self._rows[: self._count], self._sums[: self._count])
 
     def add(self, row_N: Tensor, bag_N: Tensor, weight_N: Tensor | None, grad_XD: Tensor) -> None:
         """The gradient of a lookup's bags: each row in a bag has its weight's share of it."""
@@ -77,17 +76,11 @@ class Collector:
 
     def _thin(self) -> None:
         """Leave rows out until at most `limit` are there."""
-        rows_K = self.rows_K
+        rows_K, sums_KD = self.seen()
         hash_K = _hash(rows_K, self.salt)
         self.ceiling = int(hash_K.sort().values[self.limit])
         kept_K = hash_K < self.ceiling
-        self._hold(rows_K[kept_K], self.sums_KD[kept_K])
-
-    def _sort(self) -> None:
-        if not self._sorted:
-            order_K = self._rows[: self._count].argsort()
-            self._hold(self._rows[order_K], self._sums[order_K])
-            self._sorted = True
+        self._hold(rows_K[kept_K], sums_KD[kept_K])
 
     def _hold(self, rows_K: Tensor, sums_KD: Tensor) -> None:
         """These, with room for half as many more at least, or up to the limit."""
@@ -102,13 +95,13 @@ class Collector:
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint needs of it."""
         numbers = torch.tensor([self.salt, self.ceiling])
-        return {"rows_K": self.rows_K, "sums_KD": self.sums_KD, "salt_and_ceiling": numbers}
+        return {**self.seen()._asdict(), "salt_and_ceiling": numbers}
 
     @classmethod
     def restored(cls, tensors: Mapping[str, Tensor], limit: int, dim: int) -> Self:
         """The reverse."""
         salt, ceiling = tensors["salt_and_ceiling"].tolist()
-        return cls(limit, salt, dim, ceiling, tensors["rows_K"], tensors["sums_KD"])
+        return cls(limit, salt, dim, ceiling, Seen(tensors["rows_K"], tensors["sums_KD"]))
 
 
 def _hash(row_N: Tensor, salt: int) -> Tensor:

@@ -15,8 +15,8 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Shape suffixes: N = lookups, K = rows whose mask moves, S = slots of a row, D = embedding dimension, G = groups, R = rows,
-# X = anything.
+# Shape suffixes: N = lookups, K = rows whose mask moves, S = slots of a row, D = embedding dimension, G = groups,
+# R = rows, X = anything.
 
 _PART = 2**14
 """Lookups that are worth a thread."""

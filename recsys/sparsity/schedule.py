@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from base.errors import ConfigError
-from recsys.sparsity.collect import Collector
+from recsys.sparsity.collect import Collector, Seen
 from recsys.sparsity.kernels import exchange
 from recsys.sparsity.layout import UNIT
 from recsys.sparsity.tables import Group, SparseTables
@@ -60,7 +60,7 @@ class Mover:
                 continue
             assert tables.collector is not None
             fraction = tables.sparsity.schedule.fraction / 2 * (1 + math.cos(math.pi * (step + 1) / self._last(tables)))
-            move(tables, tables.collector, fraction, seed=hash((self.seed, step)))
+            move(tables, tables.collector.seen(), fraction, seed=hash((self.seed, step)))
             tables.collector = None
 
     def _last(self, tables: SparseTables) -> int:
@@ -73,7 +73,7 @@ class Mover:
         return schedule.grow != "none" and done % schedule.interval == 0 and 0 < done <= self._last(tables)
 
 
-def move(tables: SparseTables, seen: Collector, fraction: float, *, seed: int) -> None:
+def move(tables: SparseTables, seen: Seen, fraction: float, *, seed: int) -> None:
     """Exchange about `fraction` of the weights of the rows that were seen; their number stays.
 
     Dropped are the weights of smallest magnitude, and as many grow in the same row, at its largest summed gradients;
@@ -90,7 +90,7 @@ def move(tables: SparseTables, seen: Collector, fraction: float, *, seed: int) -
     assert tables.budget == budget, f"{budget} active weights became {tables.budget}"
 
 
-def _chunks(tables: SparseTables, seen: Collector, chosen_K: Tensor) -> Iterator[tuple[Group, Tensor, Tensor]]:
+def _chunks(tables: SparseTables, seen: Seen, chosen_K: Tensor) -> Iterator[tuple[Group, Tensor, Tensor]]:
     """Some of the rows that were seen, a group and a chunk at a time: index_K in the group and sums_KD."""
     for numbers_K in chosen_K.nonzero().squeeze(1).split(_CHUNK):
         for group, index_K, mine_K in tables.by_group(seen.rows_K[numbers_K]):
@@ -118,15 +118,23 @@ def _exchange(
     by_element = group.state is not None and group.state.ndim == 2
     state_KS = group.state[index_K].cpu() if group.state is not None and by_element else torch.empty(rows, 0)
     missed_KD = tables.missed(group, index_K, sums_KD)
-    found = (positions_KS, values_KS, state_KS, strength_KD, missed_KD, wanted_K)
-    exchange(size, *(x.numpy() for x in found), tables.accumulator)
+    exchange(
+        size,
+        positions_KS.numpy(),
+        values_KS.numpy(),
+        state_KS.numpy(),
+        strength_KD.numpy(),
+        missed_KD.numpy(),
+        wanted_K.numpy(),
+        tables.accumulator,
+    )
     group.values_NS[index_K] = values_KS.to(index_K.device)
     group.positions_NS[index_K] = positions_KS.to(index_K.device)
     if group.state is not None and by_element:
         group.state[index_K] = state_KS.to(index_K.device)
 
 
-def _redistribute(tables: SparseTables, seen: Collector, fraction: float) -> Tensor:
+def _redistribute(tables: SparseTables, seen: Seen, fraction: float) -> Tensor:
     """Move units of weights to the seen rows with most to gain, from the rows of least magnitude; which got some."""
     movable_R, gain_K = tables.movable(), _gains(tables, seen)
     gain_K[~movable_R[seen.rows_K]] = 0.0
@@ -144,7 +152,7 @@ def _redistribute(tables: SparseTables, seen: Collector, fraction: float) -> Ten
     return grown_K
 
 
-def _gains(tables: SparseTables, seen: Collector) -> Tensor:
+def _gains(tables: SparseTables, seen: Seen) -> Tensor:
     """gain_K: the summed gradients of the unit of weights that each seen row would take; 0 where it has no room."""
     gain_K = torch.zeros(len(seen.rows_K))
     for numbers_K in torch.arange(len(seen.rows_K)).split(_CHUNK):

@@ -24,7 +24,7 @@ from recsys.device import CPU
 from recsys.distributed import Sharded, reset_tables, shard
 from recsys.draws import normal_rows
 from recsys.models import AutoIntConfig, build_model
-from recsys.sparsity.collect import Collector
+from recsys.sparsity.collect import Seen
 from recsys.sparsity.config import Schedule, Sparsity
 from recsys.sparsity.layout import even_sizes, even_total
 from recsys.sparsity.tables import SparseTables, read_groups
@@ -79,7 +79,7 @@ def test_every_update_keeps_the_budget_and_the_mask_moves(
     sparsity, masks, budgets = KINDS[kind], [], []
     move = recsys.sparsity.schedule.move
 
-    def watched(tables: SparseTables, seen: Collector, *rest: Any, **named: Any) -> None:
+    def watched(tables: SparseTables, seen: Seen, *rest: Any, **named: Any) -> None:
         budgets.append(tables.budget)
         assert len(seen.rows_K) <= sparsity.schedule.window_rows
         move(tables, seen, *rest, **named)

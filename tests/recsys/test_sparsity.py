@@ -24,7 +24,8 @@ from features.schema import Schema, Sparse
 from recsys.device import CPU
 from recsys.models import build_model
 from recsys.models.fm import FMConfig
-from recsys.sparsity.collect import Collector
+from recsys.sparsity import collect
+from recsys.sparsity.collect import Collector, Seen
 from recsys.sparsity.config import Schedule, Sparsity
 from recsys.sparsity.layout import (
     UNIT,
@@ -93,8 +94,8 @@ def pooled(dense: Sequence[Tensor], bags: Sequence[Bags]) -> Tensor:
     )
 
 
-def collected(tables: SparseTables, rows: Sequence[int], sums_KD: Tensor) -> Collector:
-    return Collector(10**6, 1, tables.dim, rows_K=torch.tensor(rows, dtype=torch.int64), sums_KD=sums_KD)
+def a_window(rows: Sequence[int], sums_KD: Tensor) -> Seen:
+    return Seen(torch.tensor(rows, dtype=torch.int64), sums_KD)
 
 
 def whole(parts: dict[str, Tensor]) -> Tensor:
@@ -270,12 +271,12 @@ def test_the_collector_has_the_gradients_of_dense_tables(kind: str) -> None:
         (tables(jagged(bags)) * up).sum().backward()
         (pooled(dense, bags) * up).sum().backward()
         touched |= {s + n for s, of_table in zip(tables.starts, bags, strict=True) for bag in of_table for n in bag}
-    assert tables.collector.rows_K.tolist() == sorted(touched)
-    expected = torch.cat([t.grad for t in dense if t.grad is not None])[tables.collector.rows_K]
-    torch.testing.assert_close(tables.collector.sums_KD, expected, atol=1e-5, rtol=1e-5)
+    assert tables.collector.seen().rows_K.tolist() == sorted(touched)
+    expected = torch.cat([t.grad for t in dense if t.grad is not None])[tables.collector.seen().rows_K]
+    torch.testing.assert_close(tables.collector.seen().sums_KD, expected, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         tables(jagged(bags))
-    assert tables.collector.rows_K.tolist() == sorted(touched)
+    assert tables.collector.seen().rows_K.tolist() == sorted(touched)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -294,8 +295,8 @@ def test_a_step_may_look_up_twice(kind: str) -> None:
     for bags, u in zip(both, up, strict=True):
         grads.append(list(torch.autograd.grad((pooled(dense, bags) * u).sum(), dense)))
     summed = torch.cat([a + b for a, b in zip(*grads, strict=True)])
-    rows_K = collecting.collector.rows_K
-    torch.testing.assert_close(collecting.collector.sums_KD, summed[rows_K], atol=1e-5, rtol=1e-5)
+    rows_K = collecting.collector.seen().rows_K
+    torch.testing.assert_close(collecting.collector.seen().sums_KD, summed[rows_K], atol=1e-5, rtol=1e-5)
     assert summed.abs().sum(1).nonzero().squeeze(1).tolist() == rows_K.tolist()
     if tables.sparsity.state == "element":
         for i, table in enumerate(tables.tables):
@@ -325,8 +326,8 @@ def test_rows_without_any_weight_are_collected_too() -> None:
     found = tables(jagged([[[0], [1]]]))
     assert found.eq(0).all()
     (found * 2).sum().backward()
-    assert tables.collector.rows_K.tolist() == [0, 1]
-    assert tables.collector.sums_KD.eq(2).all()
+    assert tables.collector.seen().rows_K.tolist() == [0, 1]
+    assert tables.collector.seen().sums_KD.eq(2).all()
 
 
 def test_ids_outside_a_table_are_refused_by_name() -> None:
@@ -401,7 +402,10 @@ def test_a_new_learning_rate_reaches_old_and_new_kernels() -> None:
 # --- the collector ----------------------------------------------------------------------------------------------------
 
 
-def test_a_collector_keeps_a_sample_of_rows_and_their_exact_sums() -> None:
+@pytest.mark.parametrize("first", [1, 2**12])
+def test_a_collector_keeps_a_sample_of_rows_and_their_exact_sums(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where room is short from the first row on, within a batch and between them."""
+    monkeypatch.setattr(collect, "_FIRST", first)
     rng = np.random.default_rng(3)
     few, all_ = Collector(50, 7, 4), Collector(10**6, 7, 4)
     exact = np.zeros((500, 4))
@@ -412,12 +416,13 @@ def test_a_collector_keeps_a_sample_of_rows_and_their_exact_sums() -> None:
         for collector in (few, all_):
             found = torch.tensor(shares).float(), torch.tensor(grad).float()
             collector.add(torch.tensor(rows), torch.tensor(bags), *found)
-            assert len(collector.rows_K) <= collector.limit
-    assert len(few.rows_K) == 50
-    assert len(all_.rows_K) > 200
+            if rng.random() < 0.5:  # looked at or not, sorted or not
+                assert len(collector.seen().rows_K) <= collector.limit
+    assert len(few.seen().rows_K) == 50
+    assert len(all_.seen().rows_K) > 200
     for collector in (few, all_):
-        np.testing.assert_allclose(collector.sums_KD, exact[collector.rows_K.numpy()], atol=1e-5)
-        assert collector.rows_K.equal(torch.unique(collector.rows_K))
+        np.testing.assert_allclose(collector.seen().sums_KD, exact[collector.seen().rows_K.numpy()], atol=1e-5)
+        assert collector.seen().rows_K.equal(torch.unique(collector.seen().rows_K))
 
 
 def test_which_rows_a_collector_keeps_follows_from_the_window_alone() -> None:
@@ -425,7 +430,7 @@ def test_which_rows_a_collector_keeps_follows_from_the_window_alone() -> None:
         collector = Collector(64, salt, 2)
         for row_N in batches:
             collector.add(row_N, torch.zeros_like(row_N), None, torch.ones(1, 2))
-        return collector.rows_K.tolist()
+        return collector.seen().rows_K.tolist()
 
     rows = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
     forth, back = kept(list(rows.split(100)), 9), kept(list(rows.flip(0).split(333)), 9)
@@ -469,7 +474,7 @@ def test_smallest_weights_are_dropped_and_steepest_grow(
     sums_KD[6, 1:] = 0  # or in one place at most
     before, active, sums = (whole(f(tables)).clone() for f in (expanded.weights, expanded.masks, expanded.sums))
     budget = tables.budget
-    move(tables, collected(tables, rows.tolist(), sums_KD), fraction, seed=4)
+    move(tables, a_window(rows.tolist(), sums_KD), fraction, seed=4)
     assert tables.budget == budget
     check_stored(tables)
     after, active_after, sums_after = (whole(f(tables)) for f in (expanded.weights, expanded.masks, expanded.sums))
@@ -506,7 +511,7 @@ def test_a_row_that_never_moved_begins_within_the_steps_of_a_window() -> None:
         tables = make([50], 8, 0.5, schedule=schedule)
         before = expanded.masks(tables)["t0"]
         sums_KD = torch.randn(50, 8) * 1e-3
-        move(tables, collected(tables, range(50), sums_KD), 0.5, seed=0)
+        move(tables, a_window(range(50), sums_KD), 0.5, seed=0)
         grown = expanded.masks(tables)["t0"] & ~before
         assert grown.any()
         torch.testing.assert_close(expanded.weights(tables)["t0"][grown], -0.3 * sums_KD[grown].sign())
@@ -515,7 +520,7 @@ def test_a_row_that_never_moved_begins_within_the_steps_of_a_window() -> None:
 def test_a_fraction_of_a_weight_is_one_in_so_many_rows() -> None:
     tables = make([4000], 16, 0.25)
     active = expanded.masks(tables)["t0"]
-    move(tables, collected(tables, range(4000), torch.randn(4000, 16)), 0.1, seed=0)
+    move(tables, a_window(range(4000), torch.randn(4000, 16)), 0.1, seed=0)
     exchanged_R = (expanded.masks(tables)["t0"] & ~active).sum(1)
     assert set(exchanged_R.tolist()) == {0, 1}
     assert exchanged_R.float().mean().item() == pytest.approx(0.4, abs=0.03)
@@ -524,7 +529,7 @@ def test_a_fraction_of_a_weight_is_one_in_so_many_rows() -> None:
 def test_random_growth_drops_the_smallest_and_grows_anywhere() -> None:
     tables = make([6000], 8, 0.5, schedule={"grow": "random", "begin": "zero"})
     before, active = (f(tables)["t0"].clone() for f in (expanded.weights, expanded.masks))
-    move(tables, collected(tables, range(6000), torch.zeros(6000, 8)), 0.25, seed=0)
+    move(tables, a_window(range(6000), torch.zeros(6000, 8)), 0.25, seed=0)
     after, active_after = (f(tables)["t0"] for f in (expanded.weights, expanded.masks))
     dropped, grown = active & ~active_after, active_after & ~active
     assert (dropped.sum(1) == 1).all()
@@ -552,10 +557,10 @@ def test_units_go_from_the_rows_with_least_to_lose_to_those_with_most_to_gain(st
                 group.state.copy_(torch.rand(group.state.shape, generator=generator) + 1)
         rows = torch.randperm(145, generator=generator)[:70].sort().values
         sums_KD = torch.randn(70, dim, generator=generator)
-        seen = collected(tables, rows.tolist(), sums_KD)
+        window = a_window(rows.tolist(), sums_KD)
         before, active, sums = (whole(f(tables)).clone() for f in (expanded.weights, expanded.masks, expanded.sums))
         sizes, budget = tables.sizes_R.clone(), tables.budget
-        grown_K = _redistribute(tables, seen, 0.08)
+        grown_K = _redistribute(tables, window, 0.08)
         units = int(0.08 * budget / UNIT)
         movable = torch.cat([torch.arange(60), torch.arange(65, 145)]).tolist()
         free = sums_KD.abs().masked_fill(active[rows], 0)
@@ -604,7 +609,7 @@ def test_units_go_from_the_rows_with_least_to_lose_to_those_with_most_to_gain(st
 def test_an_update_with_redistribution_exchanges_in_the_other_rows() -> None:
     tables = make([300], 16, 0.5, schedule={"redistribute": 0.5})
     active, sizes = expanded.masks(tables)["t0"].clone(), tables.sizes_R.clone()
-    move(tables, collected(tables, range(200), torch.randn(200, 16)), 0.25, seed=0)
+    move(tables, a_window(range(200), torch.randn(200, 16)), 0.25, seed=0)
     changed = expanded.masks(tables)["t0"] != active
     more, less = tables.sizes_R > sizes, tables.sizes_R < sizes
     assert more.sum() == less.sum() == int(0.125 * 300 * 8 / UNIT)
@@ -618,8 +623,8 @@ def test_where_nothing_is_to_gain_nothing_moves() -> None:
     for schedule in ({}, {"redistribute": 1.0}):
         tables = make([50], 8, 0.5, schedule=schedule)
         before = {n: t.clone() for n, t in tables.tensors().items()}
-        move(tables, collected(tables, range(50), torch.zeros(50, 8)), 1.0, seed=0)
-        move(tables, collected(tables, [], torch.zeros(0, 8)), 1.0, seed=0)
+        move(tables, a_window(range(50), torch.zeros(50, 8)), 1.0, seed=0)
+        move(tables, a_window([], torch.zeros(0, 8)), 1.0, seed=0)
         assert all(t.equal(before[n]) for n, t in tables.tensors().items())
 
 
@@ -636,7 +641,7 @@ def test_masks_move_at_intervals_until_the_stop_by_a_cosine(
     mover, watched = Mover([tables], steps, 0), []
     now = 0
 
-    def note(tables: SparseTables, seen: Collector, fraction: float, *, seed: int) -> None:
+    def note(tables: SparseTables, seen: Seen, fraction: float, *, seed: int) -> None:
         moved[now] = (fraction, seed)
 
     monkeypatch.setattr(recsys.sparsity.schedule, "move", note)
