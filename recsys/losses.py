@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Shape suffixes: B = batch, T = tasks.
+# Shape suffixes: B = batch, T = tasks, P = pairs.
+
+_FEW = 64
+"""At most one pair of so many is found by sorting."""
 
 
 def log_loss(logits_BT: Tensor, labels_BT: Tensor) -> Tensor:
@@ -65,35 +68,39 @@ def in_batch_softmax(
     if not len(ids_B):
         return (queries_BD.sum() + items_BD.sum()) * 0
     bias_B = items_BD.new_zeros(len(ids_B)) if log_q_B is None else -log_q_B.to(items_BD.dtype)
-    loss = _OwnOfAll.apply(queries_BD, items_BD, bias_B, *_twins(ids_B), temperature)
+    loss = _OwnOfAll.apply(queries_BD, items_BD, bias_B, ids_B, temperature)
     assert isinstance(loss, Tensor)
     return loss
 
 
-def _twins(ids_B: Tensor) -> tuple[Tensor, Tensor]:
-    """All pairs of rows that have the same id: one_P and other_P. A batch has few, B × B comparisons take longer."""
+def _leave_out_twins(x_BB: Tensor, ids_B: Tensor) -> None:
+    """-∞ where row and column are different rows of the same id.
+
+    A batch has few such pairs, which sorting finds faster than B × B comparisons; where it has many, they take less.
+    """
+    own_B = x_BB.diagonal().clone()
     sorted_B, order_B = ids_B.sort()
     first_B, behind_B = (torch.searchsorted(sorted_B, sorted_B, right=right) for right in (False, True))
     many_B = behind_B - first_B
-    end_B = many_B.cumsum(0)
-    which_P = torch.repeat_interleave(many_B)
-    other_P = torch.arange(len(which_P), device=ids_B.device) - (end_B - many_B)[which_P] + first_B[which_P]
-    apart_P = which_P != other_P
-    return order_B[which_P[apart_P]], order_B[other_P[apart_P]]
+    if int(many_B.sum()) * _FEW > x_BB.numel():
+        x_BB.masked_fill_(ids_B.unsqueeze(1) == ids_B, -torch.inf)
+    else:
+        which_P = torch.repeat_interleave(many_B)
+        nth_P = torch.arange(len(which_P), device=ids_B.device) - (many_B.cumsum(0) - many_B)[which_P]
+        x_BB[order_B[which_P], order_B[first_B[which_P] + nth_P]] = -torch.inf
+    x_BB.diagonal().copy_(own_B)
 
 
 class _OwnOfAll(torch.autograd.Function):
-    """Mean log loss of each row's own column under softmax(Q Vᵀ / τ + bias), without the pairs (one, other).
+    """Mean log loss of each row's own column under softmax(Q Vᵀ / τ + bias), without other columns of the same id.
 
     By hand, in one matrix of B × B, where autograd makes six.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, q_BD: Tensor, v_BD: Tensor, bias_B: Tensor, one_P: Tensor, other_P: Tensor, temperature: float
-    ) -> Tensor:
+    def forward(ctx: Any, q_BD: Tensor, v_BD: Tensor, bias_B: Tensor, ids_B: Tensor, temperature: float) -> Tensor:
         x_BB = torch.addmm(bias_B, q_BD, v_BD.T, alpha=1 / temperature)
-        x_BB[one_P, other_P] = -torch.inf
+        _leave_out_twins(x_BB, ids_B)
         own_B, top_B1 = x_BB.diagonal().clone(), x_BB.amax(1, keepdim=True)
         total_B1 = x_BB.sub_(top_B1).exp_().sum(1, keepdim=True)
         ctx.save_for_backward(q_BD, v_BD, x_BB, total_B1)
@@ -104,11 +111,10 @@ class _OwnOfAll(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         q_BD, v_BD, x_BB, total_B1 = ctx.saved_tensors
         scale = gradients[0] * ctx.scale
-        of_q_BD = (
-            (x_BB @ v_BD).div_(total_B1).sub_(v_BD)
-        )  # the slope by each logit is the softmax, less 1 for one's own
+        # The slope by each logit is the softmax, less 1 for one's own.
+        of_q_BD = (x_BB @ v_BD).div_(total_B1).sub_(v_BD)
         of_v_BD = (x_BB.T @ (q_BD / total_B1)).sub_(q_BD)
-        return of_q_BD * scale, of_v_BD * scale, None, None, None, None
+        return of_q_BD * scale, of_v_BD * scale, None, None, None
 
 
 # In the entire space. D: rows with known labels; n_B: how many impressions a row stands for, 1 unless non-clicks were

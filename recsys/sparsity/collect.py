@@ -15,6 +15,8 @@ from recsys.draws import mixed
 
 _FIRST = 2**12
 """Rows there is room for at first."""
+_SLACK = 4
+"""Rows are left out when there are a fourth more than the limit, so that few batches have that to do."""
 
 
 class Seen(NamedTuple):
@@ -28,7 +30,7 @@ class Seen(NamedTuple):
 class Collector:
     """Sums over a window, for at most `limit` rows: those whose hash is lowest, the same all through the window.
 
-    Where a row's sums stand is in a hash table, so that a batch costs what the batch has, not what is there already.
+    Where a row's sums stand is in a hash table: a batch costs what it has, but for the few that have rows left out.
     """
 
     def __init__(
@@ -48,45 +50,44 @@ class Collector:
         self._hold(*(seen or (torch.empty(0, dtype=torch.int64), torch.empty(0, dim))))
 
     def seen(self) -> Seen:
-        """What there is, not a copy."""
-        if not self._sorted:
-            order_K = self._rows[: self._count].argsort()
-            self._hold(self._rows[order_K], self._sums[order_K])
-        return Seen(self._rows[: self._count], self._sums[: self._count])
+        """A copy of what there is."""
+        if self._count > self.limit:
+            self._thin()
+        order_K = self._rows[: self._count].argsort()
+        return Seen(self._rows[order_K], self._sums[order_K])
 
     def add(self, row_N: Tensor, bag_N: Tensor, weight_N: Tensor | None, grad_XD: Tensor) -> None:
         """The gradient of a lookup's bags: each row in a bag has its weight's share of it."""
         row_N, bag_N, grad_XD = row_N.cpu(), bag_N.cpu(), grad_XD.detach().cpu()
-        weight_N = torch.empty(0) if weight_N is None else weight_N.cpu()
+        weight_N = torch.empty(0) if weight_N is None else weight_N.detach().cpu()
+        assert grad_XD.shape[1] == self.dim
+        assert len(weight_N) in (0, len(row_N))
         if self.ceiling < 2**32:
             kept_N = (_hash(row_N, self.salt) < self.ceiling).nonzero().squeeze(1)
             row_N, bag_N = row_N[kept_N], bag_N[kept_N]
             weight_N = weight_N[kept_N] if len(weight_N) else weight_N
-        place_N = torch.empty_like(row_N)
-        known, done = self._count, 0
+        place_N, done = torch.empty_like(row_N), 0
         while done < len(row_N):
             rows, slots = self._rows.numpy(), self._slots.numpy()
             done, self._count = _find(done, row_N.numpy(), rows, self._count, slots, place_N.numpy())
             if done < len(row_N):
                 self._hold(self._rows[: self._count], self._sums[: self._count])
-        self._sorted &= self._count == known
         _sum(place_N.numpy(), bag_N.numpy(), weight_N.numpy(), grad_XD.numpy(), self._sums.numpy())
-        if self._count > self.limit:
+        if self._count > self.limit + self.limit // _SLACK:
             self._thin()
 
     def _thin(self) -> None:
-        """Leave rows out until at most `limit` are there."""
-        rows_K, sums_KD = self.seen()
+        """Leave rows out until the limit is kept."""
+        rows_K = self._rows[: self._count]
         hash_K = _hash(rows_K, self.salt)
-        self.ceiling = int(hash_K.sort().values[self.limit])
+        self.ceiling = int(hash_K.kthvalue(self.limit + 1).values)
         kept_K = hash_K < self.ceiling
-        self._hold(rows_K[kept_K], sums_KD[kept_K])
+        self._hold(rows_K[kept_K], self._sums[: self._count][kept_K])
 
     def _hold(self, rows_K: Tensor, sums_KD: Tensor) -> None:
-        """These, with room for half as many more at least, or up to the limit."""
-        count = len(rows_K)
-        room = max(_FIRST, min(2 * count, max(self.limit, count + count // 2)))
-        self._count, self._sorted = count, bool((rows_K[1:] > rows_K[:-1]).all())
+        """These, with room for as many more, and beyond the limit for half as many."""
+        self._count = count = len(rows_K)
+        room = max(_FIRST, min(2 * count, max(self.limit + self.limit // _SLACK, count + count // 2)))
         self._rows, self._sums = torch.zeros(room, dtype=torch.int64), torch.zeros(room, self.dim)
         self._rows[:count], self._sums[:count] = rows_K, sums_KD
         self._slots = torch.full((2 ** (2 * room - 1).bit_length(),), -1, dtype=torch.int32)
@@ -94,13 +95,14 @@ class Collector:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint needs of it."""
-        numbers = torch.tensor([self.salt, self.ceiling])
-        return {**self.seen()._asdict(), "salt_and_ceiling": numbers}
+        seen = self.seen()  # before the ceiling is read, which it may lower
+        return {**seen._asdict(), "salt_and_ceiling": torch.tensor([self.salt, self.ceiling])}
 
     @classmethod
     def restored(cls, tensors: Mapping[str, Tensor], limit: int, dim: int) -> Self:
         """The reverse."""
         salt, ceiling = tensors["salt_and_ceiling"].tolist()
+        assert tensors["sums_KD"].shape == (len(tensors["rows_K"]), dim)
         return cls(limit, salt, dim, ceiling, Seen(tensors["rows_K"], tensors["sums_KD"]))
 
 
@@ -110,7 +112,7 @@ def _hash(row_N: Tensor, salt: int) -> Tensor:
     return torch.from_numpy((mixed(counter_N) >> np.uint64(32)).astype(np.int64))
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _slot(row, rows_K, slots_H):
     """Where in the hash table the row's place is, or belongs: linear probing from a multiplicative hash."""
     last = np.uint64(len(slots_H) - 1)
@@ -120,13 +122,13 @@ def _slot(row, rows_K, slots_H):
     return slot
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _index(rows_K, count, slots_H):
     for place in range(count):
         slots_H[_slot(rows_K[place], rows_K, slots_H)] = place
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _find(start, row_N, rows_K, count, slots_H, place_N):
     """The places of lookups from `start` on, new rows at the end, until there is no room: how far it came, and rows."""
     for n in range(start, len(row_N)):
@@ -140,7 +142,7 @@ def _find(start, row_N, rows_K, count, slots_H, place_N):
     return len(row_N), count
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _sum(place_N, bag_N, weight_N, grad_XD, sums_KD):
     for n in range(len(place_N)):
         place, bag = np.uint64(place_N[n]), np.uint64(bag_N[n])

@@ -1,6 +1,7 @@
-"""What sparse tables do for each lookup: loops compiled for the CPU, where tensor operations would be many passes.
+"""What sparse tables do for each lookup and each row whose mask moves: loops, compiled, in place of many passes.
 
-On other devices the same by tensor operations. Additions are in the order of the lookups whatever the threads.
+Lookups on other devices than the CPU are tensor operations; masks move on the CPU always. Additions are in the order of
+the lookups whatever the threads.
 """
 
 from collections.abc import Callable
@@ -185,7 +186,7 @@ def _sort(place_N, group_N, ends_G, next_G, index_N, chosen_N):
         chosen_N[at] = n
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def exchange(size, positions_KS, values_KS, state_KS, strength_KD, missed_KD, wanted_K, accumulator):
     """Drop weights of least magnitude and grow as many, at most `wanted_K`, where the strength is largest and not 0.
 

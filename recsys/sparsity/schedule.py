@@ -20,7 +20,7 @@ from recsys.sparsity.tables import Group, SparseTables
 # dimension.
 
 _CHUNK = 2**14
-"""Rows whose masks are spread out at a time."""
+"""Rows that are worked on at a time."""
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recsys import losses
 from recsys.losses import (
     clicked_log_loss,
     cross_entropy,
@@ -396,6 +397,13 @@ def numpy_in_batch(q: Any, v: Any, ids: Any, temperature: float, log_q: Any) -> 
     return float(np.mean(losses))
 
 
+@pytest.fixture(params=[0, 10**9], ids=["pairs are sorted out", "pairs are compared out"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to leave out the columns of one's own item."""
+    monkeypatch.setattr(losses, "_FEW", request.param)
+
+
+@pytest.mark.usefixtures("way")
 def test_softmax_of_the_batch_is_its_formula() -> None:
     rng = np.random.default_rng(0)
     q, v, ids, log_q = rng.normal(size=(25, 4)), rng.normal(size=(25, 4)), rng.integers(0, 9, 25), rng.normal(size=25)
@@ -406,6 +414,7 @@ def test_softmax_of_the_batch_is_its_formula() -> None:
     assert abs(corrected - in_batch_softmax(*given).item()) > 0.01
 
 
+@pytest.mark.usefixtures("way")
 def test_the_slopes_of_the_softmax_are_right() -> None:
     generator = torch.Generator().manual_seed(0)
     q, v = (torch.randn(12, 3, generator=generator, dtype=torch.double, requires_grad=True) for _ in range(2))
@@ -414,14 +423,16 @@ def test_the_slopes_of_the_softmax_are_right() -> None:
     torch.autograd.gradcheck(lambda a, b: in_batch_softmax(a, b, ids, 0.5, log_q) * 2, (q, v))
 
 
+@pytest.mark.usefixtures("way")
 def test_without_a_negative_or_without_rows_nothing_is_learned() -> None:
     for rows in (0, 1, 6):
         q, v = (torch.randn(rows, 4, requires_grad=True) for _ in range(2))
         loss = in_batch_softmax(q, v, torch.full((rows,), 7), 0.1, torch.randn(rows))
         loss.backward()
         assert loss.item() == 0
-        assert q.grad is not None
-        assert q.grad.eq(0).all()
+        for side in (q, v):
+            assert side.grad is not None
+            assert side.grad.eq(0).all()
 
 
 def test_far_logits_do_not_overflow() -> None:

@@ -425,6 +425,23 @@ def test_a_collector_keeps_a_sample_of_rows_and_their_exact_sums(first: int, mon
         assert collector.seen().rows_K.equal(torch.unique(collector.seen().rows_K))
 
 
+def test_few_batches_pay_for_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    thinned: list[int] = []
+    thin = Collector._thin
+
+    def counted(self: Collector) -> None:
+        thinned.append(len(self._rows))
+        thin(self)
+
+    monkeypatch.setattr(Collector, "_thin", counted)
+    collector = Collector(8000, 1, 2)
+    for row_N in torch.arange(200_000).split(400):
+        collector.add(row_N, torch.zeros_like(row_N), None, torch.ones(1, 2))
+    assert 10 < len(thinned) < 25
+    assert max(thinned) <= 16_000
+    assert len(collector.seen().rows_K) == 8000
+
+
 def test_which_rows_a_collector_keeps_follows_from_the_window_alone() -> None:
     def kept(batches: list[Tensor], salt: int) -> list[int]:
         collector = Collector(64, salt, 2)
@@ -468,8 +485,11 @@ def test_smallest_weights_are_dropped_and_steepest_grow(
     for group in tables.groups:
         assert group.state is not None
         group.state.copy_(torch.rand(group.state.shape, generator=generator) + 1)
+        some_NS = group.values_NS[::2]
+        some_NS.copy_(some_NS.sign() * (some_NS.abs() * 10).ceil() / 10)  # many of them equal
     rows = torch.randperm(230, generator=generator)[:120].sort().values
     sums_KD = torch.randn(120, dim, generator=generator)
+    sums_KD[::3] = sums_KD[::3].round()
     sums_KD[5] = 0  # nothing to gain anywhere
     sums_KD[6, 1:] = 0  # or in one place at most
     before, active, sums = (whole(f(tables)).clone() for f in (expanded.weights, expanded.masks, expanded.sums))
