@@ -416,7 +416,7 @@ def test_a_collector_keeps_a_sample_of_rows_and_their_exact_sums(first: int, mon
         for collector in (few, all_):
             found = torch.tensor(shares).float(), torch.tensor(grad).float()
             collector.add(torch.tensor(rows), torch.tensor(bags), *found)
-            if rng.random() < 0.5:  # looked at or not, sorted or not
+            if rng.random() < 0.5:  # a look leaves rows out, and changes nothing in the end
                 assert len(collector.seen().rows_K) <= collector.limit
     assert len(few.seen().rows_K) == 50
     assert len(all_.seen().rows_K) > 200
