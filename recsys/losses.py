@@ -76,7 +76,7 @@ def in_batch_softmax(
 def _leave_out_twins(x_BB: Tensor, ids_B: Tensor) -> None:
     """-∞ where row and column are different rows of the same id.
 
-    Most batches have few such pairs, and sorting finds them soonest; where there are many, comparing all B × B rows does.
+    Most batches have few such pairs, which sorting finds soonest; where there are many, comparing all rows does.
     """
     own_B = x_BB.diagonal().clone()
     sorted_B, order_B = ids_B.sort()
