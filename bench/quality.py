@@ -63,6 +63,7 @@ TRAIN: dict[str, dict[str, Any]] = {
 """What differs from the run file, chosen on the validation rows of one seed."""
 ON_IDS: dict[str, dict[str, Any]] = {
     "AutoInt": {"table_accumulator": 1e-6, "epochs": 15, "monitor": "auc"},
+    "AutoInt, L2 of tables": {"table_accumulator": 1e-6, "table_l2": 3e-5},
 }
 """What differs besides with user and movie ids: from a sum of 0 the first steps of a rare id are too long."""
 FEWER_SEEDS = {"AutoInt, as in the paper": 2, "AutoInt, as in the official code": 2}
