@@ -159,7 +159,7 @@ GOWALLA = Kind("")
 GOWALLA_KINDS = (Kind("two-tower"), Kind("two-tower without logQ", model={"log_q": False}))
 GOWALLA_TRIED = tuple(
     Kind(f"temperature {t:g}, table rate {rate:g}", model={"temperature": t}, train={"table_learning_rate": rate})
-    for t, rate in ((0.1, 0.1), (0.15, 0.1), (0.2, 0.1), (0.15, 0.2), (0.1, 0.3), (0.15, 0.4))
+    for t, rate in ((0.1, 0.1), (0.15, 0.1), (0.2, 0.1), (0.15, 0.2), (0.1, 0.3), (0.15, 0.4), (0.07, 0.3), (0.1, 0.6))
 )
 GOWALLA_PEERS = (
     Peer("implicit ALS", "als", {**_PEER, "regularization": 100.0, "alpha": 128.0}),
