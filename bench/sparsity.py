@@ -70,9 +70,11 @@ RECORDS = records.FOLDER / "sparsity.jsonl"
 RUNS = ROOT / "pipelines" / "runs"
 SEEDS = 5
 TEST = ["split=test"]
-GOWALLA: dict[str, Any] = {"epochs": 12, "evaluate_every": 2, "patience": 3}
+GOWALLA: dict[str, Any] = {"epochs": 20, "evaluate_every": 2, "patience": 3}
 MOVIELENS: dict[str, Any] = {"epochs": 6}
-ON_GOWALLA = Sparsity(density=0.2, positions="half", schedule=Schedule(interval=100, window=100, fraction=0.5))
+ON_GOWALLA = Sparsity(
+    density=0.2, positions="half", schedule=Schedule(interval=350, window=350, fraction=0.8, stop=0.95)
+)
 ON_MOVIELENS = Sparsity(density=0.2)
 """How masks move, chosen on validation rows at density 0.2."""
 DENSITIES, HEADLINE = (0.2, 0.1, 0.5, 0.05), (0.2, 0.1)
