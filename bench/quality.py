@@ -1,10 +1,10 @@
 """Quality on MovieLens-1M by AutoInt's protocol: our models and FuxiCTR's AutoInt, on one split, over seeds.
 
-    python -m bench.quality --data PATH/ml-1m              the whole table, 5 seeds
+    python -m bench.quality --data PATH/ml-1m              one half of the table, 5 seeds; --fields ids: the other
     python -m bench.quality --data PATH/ml-1m --quick      one seed, one epoch, a tenth of the rows
     python -m bench.quality --table                        print the table from the records
 
-Every model's settings were chosen on the validation rows; the test rows are read once per seed, by the best weights.
+Settings were chosen on the validation rows; the test rows are read once per seed and setting, by the best weights.
 FuxiCTR runs in an environment of its own (`make peer`), on the identical encoded rows.
 """
 
@@ -65,13 +65,14 @@ ON_IDS: dict[str, dict[str, Any]] = {
     "AutoInt": {"table_accumulator": 1e-6, "epochs": 15, "monitor": "auc"},
     "AutoInt, L2 of tables": {"table_accumulator": 1e-6, "table_l2": 3e-5},
 }
-"""What differs besides with user and movie ids: from a sum of 0 the first steps of a rare id are too long."""
+"""What differs besides with user and movie ids, chosen likewise: from a sum of 0 the first steps of a rare id are too
+long, and shorter ones take more epochs."""
 FEWER_SEEDS = {"AutoInt, as in the paper": 2, "AutoInt, as in the official code": 2}
 PEERS = {
     "FuxiCTR 2.3.10 AutoInt": [],
     "FuxiCTR 2.3.10 AutoInt, L2 of tables": ["--embedding-regularizer", "1e-3"],
 }
-"""The best of 1e-5, 1e-4 and 1e-3, chosen on the validation rows of one seed, as for ours 3e-5, 1e-4 and 1e-3."""
+"""The best of 1e-5, 1e-4 and 1e-3 on the validation rows of one seed."""
 PEER_OPTIONS = ["--embedding-dim", "16", "--attention-layers", "3", "--heads", "2", "--attention-dim", "64"]
 
 
