@@ -128,8 +128,8 @@ def _against_peer(file: Path) -> list[str]:
 
 
 def _difference(a: Mapping[str, Any], b: Mapping[str, Any], figure: str) -> tuple[float, float]:
-    difference = a[figure] - b[figure]
-    return difference, difference / math.hypot(*(row[f"{figure}_sd"] / math.sqrt(row["n"]) for row in (a, b)))
+    difference, spread = a[figure] - b[figure], math.hypot(*(r[f"{figure}_sd"] / math.sqrt(r["n"]) for r in (a, b)))
+    return difference, difference / spread if spread else math.nan
 
 
 def _jobs(data: str, work: Path, fields: str, *, quick: bool) -> list[records.Job]:

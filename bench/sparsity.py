@@ -71,6 +71,8 @@ RUNS = ROOT / "pipelines" / "runs"
 SEEDS = 5
 TEST = ["split=test"]
 GOWALLA: dict[str, Any] = {"epochs": 20, "evaluate_every": 2, "patience": 3}
+BRIEFLY: dict[str, Any] = {"epochs": 6, "evaluate_every": 6}
+"""Long enough for a mask to move."""
 MOVIELENS: dict[str, Any] = {"epochs": 6}
 ON_GOWALLA = Sparsity(
     density=0.2, positions="half", schedule=Schedule(interval=350, window=350, fraction=0.8, stop=0.95)
@@ -212,8 +214,10 @@ def _seeds(kind: Kind, *, quick: bool) -> int:
 def gowalla_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
     """Matrix factorization with in-batch softmax, by full ranking."""
     settings = [f"data.path={data}/gowalla/*.txt", f"output={work}/gowalla"]
+    if quick:  # a tenth of the users
+        settings = [settings[0], f"output={work}/gowalla-quick", 'data.where="user_id % 10 = 0"']
     run = load_config(Run, RUNS / "gowalla.toml", settings)
-    run = run.model_copy(update={"train": run.train.model_copy(update=GOWALLA | ({"epochs": 1} if quick else {}))})
+    run = run.model_copy(update={"train": run.train.model_copy(update=GOWALLA | (BRIEFLY if quick else {}))})
     fitted = prepare(run)
     write_ranking(run, fitted, TEST)
     asked = [resolve(run.ranking_path(p)) for p in (["split=valid"], TEST)]

@@ -35,3 +35,9 @@ def test_a_peer_without_a_spread_has_no_difference(tmp_path: Path, aucs: dict[in
     written(tmp_path, "AutoInt", OURS)
     *_, last = quality.table(written(tmp_path, "FuxiCTR 2.3.10 AutoInt", aucs)).splitlines()
     assert last == "|---|---|---|---|---|---|"
+
+
+def test_seeds_that_are_all_alike_give_no_t(tmp_path: Path) -> None:
+    written(tmp_path, "AutoInt", {1: 0.81, 2: 0.81})
+    *_, line = quality.table(written(tmp_path, "FuxiCTR 2.3.10 AutoInt", {1: 0.80, 2: 0.80})).splitlines()
+    assert line == "| ids | AutoInt | +0.0100 | nan | -0.0100 | nan |"
