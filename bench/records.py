@@ -36,7 +36,7 @@ def settings_of(train: Config, *also: str) -> dict[str, Any]:
     return train.model_dump(exclude={"processes", *unused, *also})
 
 
-_YOUNGER = {"table_l2": 0.0, "evaluate_every": 1}
+_YOUNGER = {"table_l2": 0.0, "evaluate_every": 1, "table_accumulator_decay": 1.0}
 
 
 def rows_hash(*folders: Path) -> str:

@@ -98,14 +98,23 @@ class Sharded:
         `strength` is λ times the learning rate times the steps. Data and L2 thus move a row at one rate, and come to
         rest where the gradient of the loss is -λ w. A row without gradients so far stays as it is.
         """
-        tables = [(table.weights_RD, table.state_R) for table in self.tables.values()]
-        groups = [group for part in self.sparse.values() for group in part.groups]
-        tables += [(group.values_NS, group.state) for group in groups if group.state is not None]
         with torch.no_grad():
-            for weights, sums in tables:
+            for weights, sums in self._tables():
                 for block, of_block in zip(weights.split(_BLOCK), sums.split(_BLOCK), strict=True):
                     kept = torch.exp(-strength / of_block.sqrt()).masked_fill_(of_block == 0, 1.0)
                     block.mul_(kept.unsqueeze(1) if kept.ndim == 1 else kept)
+
+    def decay_sums(self, factor: float) -> None:
+        """Leave so much of Adagrad's sums of squared gradients."""
+        with torch.no_grad():
+            for _, sums in self._tables():
+                sums.mul_(factor)
+
+    def _tables(self) -> list[tuple[Tensor, Tensor]]:
+        """Weights and sums of every table on this rank."""
+        tables = [(table.weights_RD, table.state_R) for table in self.tables.values()]
+        groups = [group for part in self.sparse.values() for group in part.groups]
+        return tables + [(group.values_NS, group.state) for group in groups if group.state is not None]
 
 
 def join_process_group(device: torch.device) -> None:

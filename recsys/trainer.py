@@ -38,7 +38,7 @@ from recsys.sparsity.schedule import Mover
 from recsys.tensors import load_tensors
 
 _DECAY_EVERY = 25
-"""Steps whose share of the tables' L2 is taken at once."""
+"""Steps whose share of what tables lose by themselves is taken at once."""
 
 
 class TrainConfig(Config):
@@ -54,6 +54,9 @@ class TrainConfig(Config):
     table_accumulator: NonNegativeFloat = 0.0
     """What row-wise Adagrad's sum of mean squared gradients begins at. From 0 a row's first step has the size of the
     learning rate, however rare its id; a larger value lets rows move by what they have seen."""
+    table_accumulator_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """What an epoch leaves of row-wise Adagrad's sum, in equal shares of it every 25 steps. At 1 the steps of a row
+    shrink for as long as it is trained; below, the sum speaks of the last epochs and the row keeps moving."""
     table_l2: NonNegativeFloat = 0.0
     """L2 of the tables: λ/2 Σ w² is added to the loss, so that rows of rare ids stay small. It takes a pass over all
     tables every 25 steps."""
@@ -243,8 +246,8 @@ def learn(
             optimizer.zero_grad()
             (loss * world).backward()  # TorchRec and DDP take the mean of what the ranks' rows give; it is the sum
             optimizer.step()
-            if config.table_l2 and (at.step + 1) % _DECAY_EVERY == 0:
-                sharded.decay_tables(_DECAY_EVERY * config.table_l2 * config.table_learning_rate * _factor(config, at))
+            if (at.step + 1) % _DECAY_EVERY == 0:
+                _decay(sharded, config, at, per_epoch)
             value = loss.detach().item()
             if not np.isfinite(value):
                 raise DataError(
@@ -390,6 +393,14 @@ def _set_rates(sharded: Sharded, optimizer: torch.optim.Optimizer, config: Train
     sharded.set_table_learning_rate(config.table_learning_rate * factor)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate * factor
+
+
+def _decay(sharded: Sharded, config: TrainConfig, at: Position, per_epoch: int) -> None:
+    """What tables and their sums lose by themselves in so many steps."""
+    if config.table_l2:
+        sharded.decay_tables(_DECAY_EVERY * config.table_l2 * config.table_learning_rate * _factor(config, at))
+    if config.table_accumulator_decay < 1:
+        sharded.decay_sums(config.table_accumulator_decay ** (_DECAY_EVERY / per_epoch))
 
 
 def _factor(config: TrainConfig, at: Position) -> float:

@@ -1,5 +1,6 @@
 """Training: repeats bit for bit, resumes as if never interrupted, keeps the best weights, stops when it should."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from recsys.bundle import load_model
 from recsys.checkpoint import WarmStart
 from recsys.data import ExampleStream
 from recsys.device import CPU
-from recsys.distributed import reset_tables, shard
+from recsys.distributed import Sharded, reset_tables, shard
 from recsys.draws import normal_rows
 from recsys.models import AutoIntConfig, ModelConfig, build_model
 from recsys.models.autoint import AutoInt
@@ -194,6 +195,7 @@ def test_a_finished_run_is_not_trained_again(data: Any, tmp_path: Path) -> None:
         {"learning_rate": 0.02},
         {"table_learning_rate": 0.2},
         {"table_accumulator": 0.1},
+        {"table_accumulator_decay": 0.5},
         {"table_l2": 0.1},
         {"epochs": 4},
         {"batch_size": 99},
@@ -561,6 +563,42 @@ def test_l2_of_tables_comes_to_rest_where_the_losses_slope_is_minus_lambda_w(dat
     seen_R = sums_R > 0
     assert before_R[seen_R].abs().max() > 0.1
     torch.testing.assert_close(slope_R[seen_R], -0.01 * before_R[seen_R], atol=3e-4, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    "sparsity",
+    [None, *(Sparsity(density=1.0, state=s, schedule=Schedule(grow="none")) for s in ("row", "element"))],
+)
+def test_adagrads_sums_decay_and_weights_stay(sparsity: Sparsity | None, data: Any) -> None:
+    model = build_model(FMConfig(dim=7), SCHEMA, table_device="meta", sparsity=sparsity)
+    sharded = shard(model, torch.device("cpu"), {"lr": 0.1, "eps": 1e-8}, batch_size=100)
+    reset_tables(sharded, 0)
+    batch = next(data[0].epoch(0))
+    model.loss(sharded.module(batch), batch.labels_BT).backward()
+    before = [(weights.clone(), sums.clone()) for weights, sums in sharded._tables()]
+    assert any(sums.any() for _, sums in before)
+    sharded.decay_sums(0.25)
+    for (weights, sums), (old_weights, old_sums) in zip(sharded._tables(), before, strict=True):
+        assert torch.equal(weights, old_weights)
+        assert torch.equal(sums, old_sums * 0.25)
+
+
+def test_an_epoch_leaves_its_share_of_adagrads_sums(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[float] = []
+    monkeypatch.setattr(Sharded, "decay_sums", lambda _, factor: left.append(factor))
+    run(data, tmp_path / "state", with_config(epochs=25, patience=25, table_accumulator_decay=0.5))
+    assert len(left) == 8  # of 200 steps, 8 an epoch
+    assert math.prod(left) == pytest.approx(0.5**25)
+    run(data, tmp_path / "other", with_config(epochs=4))
+    assert len(left) == 8
+
+
+def test_a_row_moves_further_where_adagrad_forgets(data: Any, tmp_path: Path) -> None:
+    kept, forgotten = (
+        run(data, tmp_path / str(d), with_config(epochs=10, table_accumulator_decay=d)).state for d in (1.0, 0.1)
+    )
+    kept_R, forgotten_R = (load_tensors(s / "table_states")["a"] for s in (kept, forgotten))
+    assert forgotten_R.sum() < 0.5 * kept_R.sum()
 
 
 def test_weight_decay_shrinks_dense_weights(data: Any, tmp_path: Path) -> None:
