@@ -586,11 +586,11 @@ def test_adagrads_sums_decay_and_weights_stay(sparsity: Sparsity | None, data: A
 def test_an_epoch_leaves_its_share_of_adagrads_sums(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[float] = []
     monkeypatch.setattr(Sharded, "decay_sums", lambda _, factor: left.append(factor))
-    run(data, tmp_path / "state", with_config(epochs=25, patience=25, table_accumulator_decay=0.5))
-    assert len(left) == 8  # of 200 steps, 8 an epoch
-    assert math.prod(left) == pytest.approx(0.5**25)
+    run(data, tmp_path / "state", with_config(epochs=7, table_accumulator_decay=0.5))
+    assert len(left) == 2  # of 56 steps, 8 an epoch, the shares of 50
+    assert math.prod(left) == pytest.approx(0.5 ** (50 / 8))
     run(data, tmp_path / "other", with_config(epochs=4))
-    assert len(left) == 8
+    assert len(left) == 2
 
 
 def test_a_row_moves_further_where_adagrad_forgets(data: Any, tmp_path: Path) -> None:
