@@ -20,7 +20,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -457,8 +458,18 @@ ZIPF = 1.2
 TIMED: dict[str, Sparsity | None] = {
     "dense": None,
     "sparse": Sparsity(density=0.1, schedule=Schedule(grow="none")),
-    "moving": Sparsity(density=0.1, schedule=Schedule(interval=100, window=10)),
+    "moving": Sparsity(density=0.1, schedule=Schedule(interval=100, window=100)),
     "element": Sparsity(density=0.1, state="element", schedule=Schedule(grow="none")),
+}
+WATCHED = 0.1
+"""Share of an interval that a window takes where it is not all of it."""
+CYCLE = 5
+"""Steps between the updates that are timed: enough to fill the window, of tables as large as these."""
+STEPS = {
+    "sparse_step": "fixed mask",
+    "moving_step": "moving, watched for a tenth",
+    "watched_step": "moving, always watched",
+    "element_step": "fixed, a sum for each weight",
 }
 LOOKUPS = [(ids, bags) for ids in ("uniform", "Zipf") for bags in ("one id", "1 to 20 ids")]
 
@@ -508,18 +519,22 @@ class Clock:
         self.seconds.setdefault(name, []).append(time.perf_counter() - begun)
 
     def medians(self) -> dict[str, float]:
-        """By name; of the moving mask, the step on average."""
+        """By name; of the moving mask, the step on average over an interval."""
         found = {name: median(values) for name, values in self.seconds.items()}
-        found["moving_step"] = step_of(found.pop("plain"), found.pop("collecting"), found.pop("update"))
+        watched, update = found.pop("moving_step"), found.pop("update")
+        found["moving_step"] = step_of(found["sparse_step"], watched, update, WATCHED)
+        found["watched_step"] = step_of(found["sparse_step"], watched, update, 1.0)
         return found
 
 
-def step_of(plain: float, collecting: float, update: float) -> float:
-    """Seconds of a step with a moving mask, on average over an interval; updates are beside the steps."""
+def step_of(plain: float, watched: float, update: float, share: float) -> float:
+    """Seconds of a step with a moving mask, on average over an interval; updates are beside the steps.
+
+    `share`: of the interval's steps, those whose gradients are watched. The others are as with a fixed mask.
+    """
     moving = TIMED["moving"]
     assert moving is not None
-    window = moving.schedule.window / moving.schedule.interval
-    return (1 - window) * plain + window * collecting + update / moving.schedule.interval
+    return (1 - share) * plain + share * watched + update / moving.schedule.interval
 
 
 def _timed(rows: int, ids: str, multi: bool, seed: int, turns: int) -> dict[str, float]:
@@ -530,7 +545,7 @@ def _timed(rows: int, ids: str, multi: bool, seed: int, turns: int) -> dict[str,
     batches = [_random_batch(rng, rows, ids, multi) for _ in range(4)]
     models = _in_training(lambda sparsity: _Tables(schema, sparsity), BATCH_OF_FIELDS, seed)
     gradient_BFD = torch.randn(BATCH_OF_FIELDS, FIELDS, DIM)
-    clock, moves = Clock(), _moves(models["moving"], seed)
+    clock, moves = Clock(), _Moves(models["moving"], seed, CYCLE)
     for turn in range(turns):
         # The rows of a step are not those of the lookup before it: they would be in the cache.
         first, second = batches[turn % 4], batches[(turn + 2) % 4]
@@ -544,9 +559,7 @@ def _timed(rows: int, ids: str, multi: bool, seed: int, turns: int) -> dict[str,
 
         for name, sharded in _from(models, turn):
             clock(f"{name}_lookup", lambda module=sharded.module: look(module))
-            if name == "moving":
-                moves(clock, lambda module=sharded.module: step(module))
-            else:
+            with moves(clock, turn) if name == "moving" else nullcontext():
                 clock(f"{name}_step", lambda module=sharded.module: step(module))
     found = clock.medians()
     found.pop("moving_lookup")
@@ -587,7 +600,7 @@ def _gowalla_steps(seed: int, turns: int) -> dict[str, float]:
     for model in inner.values():
         model.count_items(counts)
     optimizers = {name: torch.optim.Adam(sharded.dense.values()) for name, sharded in models.items()}
-    clock, moves = Clock(), _moves(models["moving"], seed)
+    clock, moves = Clock(), _Moves(models["moving"], seed, min(turns, 100))
 
     def step(name: str, batch: Batch) -> None:
         loss = inner[name].loss(models[name].module(batch), batch.labels_BT)
@@ -601,9 +614,7 @@ def _gowalla_steps(seed: int, turns: int) -> dict[str, float]:
         keyed = KeyedJaggedTensor(["user", "item"], torch.from_numpy(ids_2B).view(-1), lengths=lengths)
         batch = Batch(torch.empty(BATCH_OF_PAIRS, 0), keyed, torch.ones(BATCH_OF_PAIRS, 1))
         for name, _ in _from(models, turn):
-            if name == "moving":
-                moves(clock, lambda batch=batch: step("moving", batch))
-            else:
+            with moves(clock, turn) if name == "moving" else nullcontext():
                 clock(f"{name}_step", lambda name=name, batch=batch: step(name, batch))
     return clock.medians()
 
@@ -628,19 +639,20 @@ def _from(models: Mapping[str, Any], turn: int) -> list[tuple[str, Any]]:
     return items[turn % len(items) :] + items[: turn % len(items)]
 
 
-def _moves(sharded: Sharded, seed: int) -> Callable[[Clock, Callable[[], None]], None]:
-    """Times a step as it is mostly, one in a window that has seen a batch already, and the update after it."""
-    mover = Mover(list(sharded.sparse.values()), 1000, seed)
+class _Moves:
+    """Lets a mask watch every step, and times its updates, one after each cycle of so many."""
 
-    def run(clock: Clock, step: Callable[[], None]) -> None:
-        clock("plain", step)
-        mover.before_step(98)
-        step()
-        mover.before_step(99)
-        clock("collecting", step)
-        clock("update", lambda: mover.after_step(99))
+    def __init__(self, sharded: Sharded, seed: int, cycle: int) -> None:
+        self.mover, self.cycle = Mover(list(sharded.sparse.values()), 1000, seed), cycle
 
-    return run
+    @contextmanager
+    def __call__(self, clock: Clock, turn: int) -> Iterator[None]:
+        """Around a step."""
+        at = 100 - self.cycle + turn % self.cycle
+        self.mover.before_step(at)
+        yield
+        if at == 99:
+            clock("update", lambda: self.mover.after_step(at))
 
 
 def _random_batch(rng: np.random.Generator, rows: int, ids: str, multi: bool) -> Batch:
@@ -661,18 +673,18 @@ def zipf_ids(rng: np.random.Generator, rows: int, total: int) -> NDArray[np.int6
 
 def time_table(file: Path = RECORDS) -> str:
     """Time at density 0.1 by that of dense tables in the same run."""
-    steps = [f"{kind}_step" for kind in TIMED]
+    steps = ["dense_step", *STEPS]
     rows = records.summary(file, [f"time | {i}, {b}" for i, b in LOOKUPS], [*steps, "dense_lookup", "sparse_lookup"])
     rows += records.summary(file, ["step | Gowalla"], steps)
     scoring = records.summary(file, [f"scoring | {i}, {b}" for i, b in LOOKUPS], ["dense_scoring", "sparse_scoring"])
     if not rows:
         return ""
-    head = ["what", "dense step", "fixed mask", "moving mask", "a sum for each weight", "dense lookup", "sparse"]
+    head = ["what", "dense step", *STEPS.values(), "dense lookup", "sparse"]
     lines = [f"| {' | '.join([*head, 'dense scoring', 'sparse', 'runs'])} |", "|" + "---|" * (len(head) + 3)]
     for row in rows:
         name, step = row["name"].split(" | ")[1], row["dense_step"]
         cells = [name, f"{step * 1e3:.1f} ms"]
-        cells += [f"{row[f'{kind}_step'] / step:.2f}" for kind in ("sparse", "moving", "element")]
+        cells += [f"{row[kind] / step:.2f}" for kind in STEPS]
         beside = row | next((s for s in scoring if s["name"].endswith(f"| {name}")), {})
         for what in ("lookup", "scoring"):
             dense = beside.get(f"dense_{what}")

@@ -93,9 +93,36 @@ def test_every_density_has_its_rivals() -> None:
 def test_a_step_with_a_moving_mask_is_the_mean_over_an_interval() -> None:
     moving = bench.TIMED["moving"]
     assert moving is not None
-    interval, window = moving.schedule.interval, moving.schedule.window
-    steps = [2.0] * (interval - window) + [3.0] * window
-    assert bench.step_of(2.0, 3.0, 50.0) == pytest.approx((sum(steps) + 50.0) / interval)
+    interval = moving.schedule.interval
+    for watched in (interval, interval // 10):
+        steps = [2.0] * (interval - watched) + [3.0] * watched
+        assert bench.step_of(2.0, 3.0, 50.0, watched / interval) == pytest.approx((sum(steps) + 50.0) / interval)
+
+
+class Watching:
+    """A mover that only notes what it is told."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
+    def before_step(self, step: int) -> None:
+        self.calls.append(f"watch {step}")
+
+    def after_step(self, step: int) -> None:
+        self.calls.append(f"move {step}")
+
+
+def test_a_mask_moves_once_a_cycle_by_all_of_its_gradients() -> None:
+    calls: list[str] = []
+    moves = bench._Moves(bench._in_training(lambda s: bench._Tables(SCHEMA, s), 8, 1)["moving"], 1, 3)
+    moves.mover = Watching(calls)  # pyright: ignore[reportAttributeAccessIssue]
+    clock = bench.Clock()
+    for turn in range(6):
+        with moves(clock, turn):
+            calls.append("step")
+    cycle = ["watch 97", "step", "watch 98", "step", "watch 99", "step", "move 99"]
+    assert calls == 2 * cycle
+    assert len(clock.seconds["update"]) == 2
 
 
 def test_the_clock_has_medians_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,10 +136,11 @@ def test_the_clock_has_medians_of_turns(monkeypatch: pytest.MonkeyPatch) -> None
     for seconds in (1.0, 9.0, 2.0):
         clock("dense_step", lambda s=seconds: work(s))
         now[0] += 100  # what is between is not timed
-        for name in ("plain", "collecting", "update"):
+        for name in ("sparse_step", "moving_step", "update"):
             clock(name, lambda s=seconds: work(s))
     assert len(done) == 12
-    assert clock.medians() == {"dense_step": 2.0, "moving_step": pytest.approx(bench.step_of(2.0, 2.0, 2.0))}
+    mean = pytest.approx(bench.step_of(2.0, 2.0, 2.0, 1.0))
+    assert clock.medians() == {"dense_step": 2.0, "sparse_step": 2.0, "moving_step": mean, "watched_step": mean}
 
 
 def test_every_kind_is_first_equally_often() -> None:
@@ -151,7 +179,7 @@ def test_a_gowalla_step_trains_all_kinds(monkeypatch: pytest.MonkeyPatch) -> Non
     threads = torch.get_num_threads()
     found = bench._gowalla_steps(1, 2)
     torch.set_num_threads(threads)
-    assert set(found) == {f"{kind}_step" for kind in bench.TIMED}
+    assert set(found) == {"dense_step", *bench.STEPS}
     assert all(0 < seconds < 60 for seconds in found.values())
     assert [bool(s.sparse) for s in made] == [False, True, True, True]
     sums = [s.tables["user"].state_R if s.tables else next(iter(s.sparse.values())).groups[0].state for s in made]
@@ -180,7 +208,7 @@ def written(folder: Path, *found: dict[str, Any]) -> Path:
 
 
 def test_times_are_shares_of_dense_in_the_same_run(tmp_path: Path) -> None:
-    steps = {"dense_step": 0.1, "sparse_step": 0.05, "moving_step": 0.06, "element_step": 0.2}
+    steps = {"dense_step": 0.1, "sparse_step": 0.05, "moving_step": 0.06, "watched_step": 0.15, "element_step": 0.2}
     looks = {"dense_lookup": 0.01, "sparse_lookup": 0.02, "element_lookup": 0.03}
     file = written(
         tmp_path,
@@ -189,8 +217,8 @@ def test_times_are_shares_of_dense_in_the_same_run(tmp_path: Path) -> None:
         {"name": "step | Gowalla", **{k: v / 10 for k, v in steps.items()}},
     )
     *_, fields, gowalla = bench.time_table(file).splitlines()
-    assert fields == "| Zipf, one id | 100.0 ms | 0.50 | 0.60 | 2.00 | 10.0 ms | 2.00 | 4.0 ms | 1.25 | 1 |"
-    assert gowalla == "| Gowalla | 10.0 ms | 0.50 | 0.60 | 2.00 |  |  |  |  | 1 |"
+    assert fields == "| Zipf, one id | 100.0 ms | 0.50 | 0.60 | 1.50 | 2.00 | 10.0 ms | 2.00 | 4.0 ms | 1.25 | 1 |"
+    assert gowalla == "| Gowalla | 10.0 ms | 0.50 | 0.60 | 1.50 | 2.00 |  |  |  |  | 1 |"
 
 
 def test_quality_is_a_share_of_dense(tmp_path: Path) -> None:
