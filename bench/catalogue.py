@@ -32,7 +32,7 @@ from serving.index import IndexConfig, ItemIndex
 
 RUN = ROOT / "pipelines" / "runs" / "catalogue.toml"
 DAYS = 6
-ASKED_IN_TRAINING, ASKED = 500, 2_000
+ASKED_IN_TRAINING, ASKED = 2_000, 4_000
 """Users whose rankings of all items are measured."""
 INDEXES: dict[str, dict[str, Any]] = {"exact": {}, "hnsw": {}, "ivf_pq": {}}
 """Settings of each kind, but for its name."""

@@ -16,7 +16,7 @@ features alone. What knows ids alone cannot rank these, so they come last with i
 towers do not read the id there: with it, recall of the new items on validation rows is .004, without it .023.
 
 Synthetic: a catalogue whose truth is known, `features.readers.catalogue`; a million items, learned from the clicks of
-four days, 2,000 users of the sixth. ESMM: the funnel of `bench.conversion`; the views are of the item's features.
+four days, 4,000 users of the sixth. ESMM: the funnel of `bench.conversion`; the views are of the item's features.
 
 What was tried, with validation Recall@20 of seed 1, is in records/retrieval_tried.jsonl (towers after four epochs). Of
 MovieLens-1M: implicit ALS .236 to .293 by regularization and alpha, its defaults .236; BPR .127 to .204, its defaults
@@ -177,6 +177,29 @@ SYNTHETIC_KINDS = (
     Kind("two-tower, RFM", {"masking": "rfm"}),
     Kind("two-tower, CFM", {"masking": "cfm"}),
 )
+_CATALOGUE = [
+    *("department", "category", "brand", "line", "colour", "material", "price_band", "price"),
+    *("shelf", "tags", "series", "seller", "pattern", "words", "delivery", "warranty"),
+]
+"""What is known of an item beside its id."""
+SYNTHETIC_TRIED = (
+    Kind("two-tower"),
+    Kind("no id", model={"item": _CATALOGUE}),
+    *(
+        Kind(
+            f"no id, temperature {t:g}, table rate {rate:g}",
+            None,
+            {"item": _CATALOGUE, "temperature": t},
+            {"table_learning_rate": rate},
+        )
+        for t, rate in ((0.05, 0.1), (0.2, 0.1), (0.1, 0.05), (0.1, 0.2))
+    ),
+    Kind("no id, a hidden layer of 128 each", model={"item": _CATALOGUE, "query_hidden": [128], "item_hidden": [128]}),
+    *(
+        Kind(f"no id, CFM, alpha {a:g}", {"masking": "cfm", "alpha": a}, {"item": _CATALOGUE})
+        for a in (0.03, 0.1, 0.3, 1.0)
+    ),
+)
 SERVED, SERVING = SYNTHETIC_KINDS[-1], "serving | a million items"
 PUBLISHED = "| LightGCN, as its PyTorch repository reports | .1824 | .1547 |"
 FUNNEL = conversion.LOGS[1]
@@ -241,7 +264,7 @@ def _jobs(options: argparse.Namespace) -> list[records.Job]:
             case "gowalla":
                 jobs += gowalla_jobs(data / "gowalla", options.work, **how)
             case "synthetic":
-                jobs += synthetic_jobs(options.work, quick=options.quick)
+                jobs += synthetic_jobs(options.work, **how)
             case _:
                 jobs += esmm_jobs(options.work, **how)
     return jobs
@@ -342,7 +365,7 @@ def identity(run: Run) -> dict[str, Any]:
     return {"model": run.model.model_dump(mode="json"), "train": train, "ssl": ssl}
 
 
-def synthetic_jobs(work: Path, *, quick: bool) -> list[records.Job]:
+def synthetic_jobs(work: Path, *, quick: bool, choose: bool) -> list[records.Job]:
     """A million items of a known truth: what is found of them, and how fast they are served."""
     config = catalogue.catalogue_config(quick=quick)
     run = SYNTHETIC.of(catalogue.catalogue_run(work / f"catalogue{'-quick' if quick else ''}"))
@@ -352,6 +375,10 @@ def synthetic_jobs(work: Path, *, quick: bool) -> list[records.Job]:
     def log_of_seed(seed: int) -> Log:
         return catalogue.catalogue_log(config, run, seed)
 
+    how = {"quick": quick, "choose": choose}
+    if choose:
+        return _jobs_of("synthetic, tried", log_of_seed, run, SYNTHETIC_TRIED, (), common, **how)
+
     def truth(seed: int) -> Mapping[str, Any]:
         log, of_seed = log_of_seed(seed), config.model_copy(update={"seed": seed})
         days = {log.valid.folder: catalogue.DAYS - 2, log.test.folder: catalogue.DAYS - 1}
@@ -360,7 +387,7 @@ def synthetic_jobs(work: Path, *, quick: bool) -> list[records.Job]:
     def serving(seed: int) -> Mapping[str, Any]:
         return catalogue.served(SERVED, log_of_seed(seed), seed)
 
-    jobs = _jobs_of("synthetic", log_of_seed, run, SYNTHETIC_KINDS, (), common, quick=quick)
+    jobs = _jobs_of("synthetic", log_of_seed, run, SYNTHETIC_KINDS, (), common, **how)
     jobs.insert(0, records.Job("synthetic | oracle", {**common, "peer": "oracle"}, jobs[0].seeds, truth))
     key = {**common, **identity(SERVED.of(run)), "indexes": catalogue.INDEXES}
     return [*jobs, records.Job(SERVING, key, 1, serving)]
