@@ -170,12 +170,12 @@ GOWALLA_PEERS_TRIED = (
     *_als({1.0: (1.0,), 10.0: (4.0, 16.0), 30.0: (16.0, 64.0), 100.0: (16.0, 32.0, 64.0, 128.0, 256.0)}),
     *_bpr({(0.01, 1e-3): (100,), (0.01, 0.01): (100,), (0.05, 1e-3): (100,)}),
 )
-SYNTHETIC = Kind("", train={"batch_size": 1024, "epochs": 4, "patience": 2})
+SYNTHETIC = Kind("", train={"batch_size": 1024, "epochs": 4, "patience": 2, "table_learning_rate": 0.2})
 SYNTHETIC_KINDS = (
     Kind("two-tower"),
     Kind("two-tower, feature dropout", {"baseline": "feature_dropout"}),
-    Kind("two-tower, RFM", {"masking": "rfm"}),
-    Kind("two-tower, CFM", {"masking": "cfm"}),
+    Kind("two-tower, RFM", {"masking": "rfm", "alpha": 0.3}),
+    Kind("two-tower, CFM", {"masking": "cfm", "alpha": 0.3}),
 )
 _CATALOGUE = [
     *("department", "category", "brand", "line", "colour", "material", "price_band", "price"),

@@ -203,6 +203,8 @@ def smaller_dim(sparsity: Sparsity) -> int:
 def quality_table(file: Path, part: str, chosen: Sparsity, figures: Mapping[str, str]) -> str:
     """Quality by kind of table, with the bytes of tables and state."""
     names = [f"{part} | {k.name}" for k in kinds(chosen)]
+    trained = {name: _how(file, name) for name in names}
+    names = [name for name in names if trained[name] == trained[names[0]]]  # shares of another dense one mean nothing
     rows = records.summary(file, names, [*figures, "bytes"])
     if not rows:
         return ""
@@ -215,6 +217,12 @@ def quality_table(file: Path, part: str, chosen: Sparsity, figures: Mapping[str,
         share = [f"{row[first] / dense[first]:.3f}", f"{row['bytes'] / 2**20:.1f} MiB", str(row["n"])]
         lines.append(f"| {' | '.join([row['name'].split(' | ')[1], *shown, *share])} |")
     return "\n".join(lines)
+
+
+def _how(file: Path, name: str) -> Any:
+    """On what, and how, a row was trained: what all rows of a table have in common. None where there is no record."""
+    found = list(records.by_seed(file, name).values())
+    return [found[0].get("config", {}).get(key) for key in ("rows", "train", "quick")] if found else None
 
 
 def _seeds(kind: Kind, *, quick: bool) -> int:
@@ -269,6 +277,8 @@ def _config(run: Run, kind: Kind) -> dict[str, Any]:
     """What decides a result."""
     model = run.model.model_copy(update={"dim": kind.dim})
     sparsity = kind.sparsity and kind.sparsity.model_dump(mode="json")
+    if sparsity and sparsity["schedule"]["grow"] == "none":
+        sparsity["schedule"] = {"grow": "none"}  # nothing else of it matters
     train = records.settings_of(run.train, "seed")
     return {"model": model.model_dump(mode="json"), "train": train, "sparsity": sparsity, "pruned": kind.pruned}
 
@@ -455,16 +465,17 @@ USERS, ITEMS, BATCH_OF_PAIRS = 29_859, 40_982, 1024
 """Of Gowalla, row 0 included; few are much more popular than others, so ids are uniform."""
 ZIPF = 1.2
 """Id r is drawn in proportion to r to minus this power."""
+INTERVAL = 100
 TIMED: dict[str, Sparsity | None] = {
     "dense": None,
     "sparse": Sparsity(density=0.1, schedule=Schedule(grow="none")),
-    "moving": Sparsity(density=0.1, schedule=Schedule(interval=100, window=100)),
+    "moving": Sparsity(density=0.1, schedule=Schedule(interval=INTERVAL, window=INTERVAL)),
     "element": Sparsity(density=0.1, state="element", schedule=Schedule(grow="none")),
 }
 WATCHED = 0.1
 """Share of an interval that a window takes where it is not all of it."""
 CYCLE = 5
-"""Steps between the updates that are timed: enough to fill the window, of tables as large as these."""
+"""Steps between the updates that are timed: enough to fill the window, but for Zipf's single ids, to two thirds."""
 STEPS = {
     "sparse_step": "fixed mask",
     "moving_step": "moving, watched for a tenth",
@@ -489,6 +500,7 @@ def time_jobs(*, quick: bool) -> list[records.Job]:
     """26 tables in training and in scoring; uniform and Zipf ids, one a bag or one to twenty; a step on Gowalla."""
     rows, turns = (20_000, 5) if quick else (FIELD_ROWS, 15)
     shape = {"bench": "time", "rows": rows, "dim": DIM, "fields": FIELDS, "batch": BATCH_OF_FIELDS, "turns": turns}
+    shape |= {"watched": WATCHED, "cycle": CYCLE}
     kinds = {name: sparsity and sparsity.model_dump(mode="json") for name, sparsity in TIMED.items()}
     jobs: list[records.Job] = []
     for what, measure in (("time", _timed), ("scoring", _scored)):
@@ -501,7 +513,7 @@ def time_jobs(*, quick: bool) -> list[records.Job]:
             jobs.append(records.Job(f"{what} | {ids}, {bags}", config, 1 if quick else SEEDS, run))
     steps = 20 if quick else 200
     config = {"bench": "time", "what": "step", "rows": [USERS, ITEMS], "dim": DIM, "batch": BATCH_OF_PAIRS}
-    config |= {"turns": steps, "kinds": kinds}
+    config |= {"turns": steps, "kinds": kinds, "watched": WATCHED}
     jobs.append(records.Job("step | Gowalla", config, 1 if quick else SEEDS, lambda seed: _gowalla_steps(seed, steps)))
     return jobs
 
@@ -532,9 +544,7 @@ def step_of(plain: float, watched: float, update: float, share: float) -> float:
 
     `share`: of the interval's steps, those whose gradients are watched. The others are as with a fixed mask.
     """
-    moving = TIMED["moving"]
-    assert moving is not None
-    return (1 - share) * plain + share * watched + update / moving.schedule.interval
+    return (1 - share) * plain + share * watched + update / INTERVAL
 
 
 def _timed(rows: int, ids: str, multi: bool, seed: int, turns: int) -> dict[str, float]:
@@ -643,7 +653,7 @@ class _Moves:
     """Lets a mask watch every step, and times its updates, one after each cycle of so many."""
 
     def __init__(self, sharded: Sharded, seed: int, cycle: int) -> None:
-        self.mover, self.cycle = Mover(list(sharded.sparse.values()), 1000, seed), cycle
+        self.mover, self.cycle = Mover(list(sharded.sparse.values()), 1000, 1000, seed), cycle
 
     @contextmanager
     def __call__(self, clock: Clock, turn: int) -> Iterator[None]:

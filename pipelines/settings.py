@@ -61,6 +61,7 @@ class FeatureRun(Config):
     model: Any
     train: Any = None
     sparsity: Any = None
+    ssl: Any = None
     retrieval: Any = None
     """Where it is given, the run's rows are those whose first label is 1."""
     index: Any = None

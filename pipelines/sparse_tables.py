@@ -34,9 +34,11 @@ def described(bundle: Bundle) -> Description | None:
 def sentence(found: Description) -> str:
     """The same in a sentence, for a terminal."""
     taken, dense = found.sparse.training, found.dense.training
+    of = {"row": "row", "element": "weight"}[found.state]
     return (
         f"sparse tables: {found.budget:,} of {found.cells:,} weights exist ({found.budget / found.cells:.1%}); with "
-        f"positions and the optimizer's sums {size_of(taken)}, dense {size_of(dense)} ({taken / dense:.0%}); "
+        f"positions and the optimizer's sums, one of each {of}, {size_of(taken)}, dense {size_of(dense)} "
+        f"({taken / dense:.0%}); "
         f"{found.share_not_sparse:.1%} of all parameters are not sparse at all"
     )
 

@@ -56,7 +56,8 @@ class TrainConfig(Config):
     learning rate, however rare its id; a larger value lets rows move by what they have seen."""
     table_accumulator_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """What an epoch leaves of row-wise Adagrad's sum, in equal shares of it every 25 steps. At 1 the steps of a row
-    shrink for as long as it is trained; below, the sum speaks of the last epochs and the row keeps moving."""
+    shrink for as long as it is trained; below, the sum speaks of the last epochs and the row keeps moving. With
+    `table_l2` rows that no example looks up any more go to 0."""
     table_l2: NonNegativeFloat = 0.0
     """L2 of the tables: λ/2 Σ w² is added to the loss, so that rows of rare ids stay small. It takes a pass over all
     tables every 25 steps."""
@@ -223,9 +224,8 @@ def learn(
         at = Position(run=run, sparsity=sparsity)
     else:
         checkpoint.restore(folder, sharded, optimizer, accumulator=config.table_accumulator)
-    mover = Mover(
-        list(sharded.sparse.values()), config.epochs * fit.batches_per_epoch(0), config.seed, warm=warm is not None
-    )
+    steps = fit.batches_per_epoch(0)
+    mover = Mover(list(sharded.sparse.values()), config.epochs * steps, steps, config.seed, warm=warm is not None)
     watches = [Watch.over(tables, counts) for tables in sharded.sparse.values()]
     resumed_at, seen, started = at.step, 0, time.perf_counter()
     while not at.finished:

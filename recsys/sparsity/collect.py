@@ -16,7 +16,7 @@ from recsys.draws import mixed
 _FIRST = 2**12
 """Rows there is room for at first."""
 _SLACK = 4
-"""Rows are left out when there are a fourth more than the limit, so that few batches have that to do."""
+"""Rows are left out when there are a fourth more than the limit, so that it is seldom to do."""
 
 
 class Seen(NamedTuple):
@@ -28,20 +28,24 @@ class Seen(NamedTuple):
 
 
 class Collector:
-    """Sums over a window, for at most `limit` rows: those whose hash is lowest, the same all through the window.
+    """Sums over a window, for at most `limit` of `rows` rows: those whose hash is lowest, the same all through it.
 
     Where a row's sums stand is in a hash table: a batch costs what it has, but for the few that have rows left out.
+    There is never room for more than a fourth above the limit, and twice that for the moment of a copy.
     """
 
     def __init__(
         self,
         limit: int,
+        rows: int,
         salt: int,
         dim: int,
         ceiling: int = 2**32,
         seen: Seen | None = None,
     ) -> None:
-        self.limit = limit
+        self.limit = min(limit, rows)
+        self.most = min(limit + max(1, limit // _SLACK), rows)
+        """Rows there is ever room for."""
         self.salt = salt
         """Another for each window, so that each keeps another sample."""
         self.dim = dim
@@ -62,19 +66,26 @@ class Collector:
         weight_N = torch.empty(0) if weight_N is None else weight_N.detach().cpu()
         assert grad_XD.shape[1] == self.dim
         assert len(weight_N) in (0, len(row_N))
-        if self.ceiling < 2**32:
-            kept_N = (_hash(row_N, self.salt) < self.ceiling).nonzero().squeeze(1)
-            row_N, bag_N = row_N[kept_N], bag_N[kept_N]
-            weight_N = weight_N[kept_N] if len(weight_N) else weight_N
-        place_N, done = torch.empty_like(row_N), 0
-        while done < len(row_N):
-            rows, slots = self._rows.numpy(), self._slots.numpy()
-            done, self._count = _find(done, row_N.numpy(), rows, self._count, slots, place_N.numpy())
-            if done < len(row_N):
+        while len(row_N):
+            if self.ceiling < 2**32:
+                kept_N = (_hash(row_N, self.salt) < self.ceiling).nonzero().squeeze(1)
+                row_N, bag_N = row_N[kept_N], bag_N[kept_N]
+                weight_N = weight_N[kept_N] if len(weight_N) else weight_N
+            done = self._sum(row_N, bag_N, weight_N, grad_XD)
+            row_N, bag_N, weight_N = row_N[done:], bag_N[done:], weight_N[done:]
+            if len(row_N) and self._count < self.most:
                 self._hold(self._rows[: self._count], self._sums[: self._count])
-        _sum(place_N.numpy(), bag_N.numpy(), weight_N.numpy(), grad_XD.numpy(), self._sums.numpy())
-        if self._count > self.limit + self.limit // _SLACK:
-            self._thin()
+            elif len(row_N):
+                self._thin()
+
+    def _sum(self, row_N: Tensor, bag_N: Tensor, weight_N: Tensor, grad_XD: Tensor) -> int:
+        """Add the first lookups, as many as there is room for their rows."""
+        place_N = torch.empty_like(row_N)
+        rows, slots = self._rows.numpy(), self._slots.numpy()
+        done, self._count = _find(row_N.numpy(), rows, self._count, slots, place_N.numpy())
+        places = place_N[:done].numpy()
+        _sum(places, bag_N.numpy(), weight_N.numpy(), grad_XD.numpy(), self._sums.numpy())
+        return done
 
     def _thin(self) -> None:
         """Leave rows out until the limit is kept."""
@@ -85,9 +96,9 @@ class Collector:
         self._hold(rows_K[kept_K], self._sums[: self._count][kept_K])
 
     def _hold(self, rows_K: Tensor, sums_KD: Tensor) -> None:
-        """These, with room for as many more, and beyond the limit for half as many."""
+        """These, with room for as many more."""
         self._count = count = len(rows_K)
-        room = max(_FIRST, min(2 * count, max(self.limit + self.limit // _SLACK, count + count // 2)))
+        room = min(self.most, max(_FIRST, 2 * count))
         self._rows, self._sums = torch.zeros(room, dtype=torch.int64), torch.zeros(room, self.dim)
         self._rows[:count], self._sums[:count] = rows_K, sums_KD
         self._slots = torch.full((2 ** (2 * room - 1).bit_length(),), -1, dtype=torch.int32)
@@ -99,11 +110,11 @@ class Collector:
         return {**seen._asdict(), "salt_and_ceiling": torch.tensor([self.salt, self.ceiling])}
 
     @classmethod
-    def restored(cls, tensors: Mapping[str, Tensor], limit: int, dim: int) -> Self:
+    def restored(cls, tensors: Mapping[str, Tensor], limit: int, rows: int, dim: int) -> Self:
         """The reverse."""
         salt, ceiling = tensors["salt_and_ceiling"].tolist()
         assert tensors["sums_KD"].shape == (len(tensors["rows_K"]), dim)
-        return cls(limit, salt, dim, ceiling, Seen(tensors["rows_K"], tensors["sums_KD"]))
+        return cls(limit, rows, salt, dim, ceiling, Seen(tensors["rows_K"], tensors["sums_KD"]))
 
 
 def _hash(row_N: Tensor, salt: int) -> Tensor:
@@ -129,9 +140,9 @@ def _index(rows_K, count, slots_H):
 
 
 @njit(cache=True, nogil=True)
-def _find(start, row_N, rows_K, count, slots_H, place_N):
-    """The places of lookups from `start` on, new rows at the end, until there is no room: how far it came, and rows."""
-    for n in range(start, len(row_N)):
+def _find(row_N, rows_K, count, slots_H, place_N):
+    """The places of lookups, new rows at the end, until there is no room: how far it came, and rows."""
+    for n in range(len(row_N)):
         slot = _slot(row_N[n], rows_K, slots_H)
         if slots_H[slot] < 0:
             if count == len(rows_K):

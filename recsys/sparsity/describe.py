@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,8 @@ class Description(Config):
     """A model with sparse tables."""
 
     dim: int
+    state: Literal["row", "element"] = "row"
+    """What Adagrad has a sum of."""
     tables: tuple[Table, ...]
     network: int
     """Parameters that are in no table."""
@@ -186,6 +188,7 @@ def describe(model: nn.Module, counts: Mapping[str, Tensor] | None = None) -> De
     network = sum(p.numel() for p in model.parameters())
     return Description(
         dim=tables.dim,
+        state=tables.sparsity.state,
         tables=tuple(found),
         network=network,
         sparse=_sparse_bytes(tables, network),

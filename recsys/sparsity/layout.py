@@ -73,15 +73,19 @@ def _between(dim: int, density: float, *, unequal: bool) -> tuple[int, int, int]
     return low, high, max(0, math.ceil(Fraction(wanted - low) / (high - low) * _ONE)) if high > low else 0
 
 
-def er_densities(rows_T: Sequence[int], dim: int, density: float) -> list[float]:
-    """Per table, min(1, ε (1/D + 1/R)), with ε such that the tables' weights are `density` of all."""
+def er_densities(rows_T: Sequence[int], dim: int, density: float, *, unequal: bool = False) -> list[float]:
+    """Per table, min(1, ε (1/D + 1/R)), with ε such that the tables' weights are `density` of all.
+
+    Where rows may be unequal, a full one has the whole units that fit, which may be less than 1.
+    """
+    most = dim // UNIT * UNIT / dim if unequal else 1.0
     raw = np.array([1 / dim + 1 / rows for rows in rows_T])
     cells = np.array(rows_T, dtype=float) * dim
     full = np.zeros(len(rows_T), dtype=bool)
     while True:  # ends: a table that is full stays so
-        left = density * cells.sum() - cells[full].sum()
-        found = np.where(full, 1.0, raw * left / max((raw * cells)[~full].sum(), 1e-30))
-        if not (over := (found > 1) & ~full).any():
+        left = density * cells.sum() - most * cells[full].sum()
+        found = np.where(full, most, raw * left / max((raw * cells)[~full].sum(), 1e-30))
+        if not (over := (found > most) & ~full).any():
             return found.tolist()
         full |= over
 

@@ -25,10 +25,11 @@ _CHUNK = 2**14
 
 @dataclass
 class Mover:
-    """Moves the masks of one model's tables in the course of a training of `steps` steps."""
+    """Moves the masks of one model's tables in the course of a training of `steps` steps, `per_epoch` each epoch."""
 
     tables: Sequence[SparseTables]
     steps: int
+    per_epoch: int
     seed: int
     warm: bool = False
     """Whether training goes on from an earlier one, so that it may be shorter than an interval."""
@@ -36,20 +37,22 @@ class Mover:
     def __post_init__(self) -> None:
         for tables in self.tables:
             schedule = tables.sparsity.schedule
-            if schedule.grow != "none" and not self.warm and schedule.interval > self._last(tables):
+            given = schedule.interval is not None and schedule.grow != "none" and not self.warm
+            if given and self._interval(tables) >= self._last(tables):  # what moves at the last step is nothing
                 raise ConfigError(
-                    f"sparsity.schedule.interval = {schedule.interval} steps: the mask would never move, it may until "
+                    f"sparsity.schedule.interval = {schedule.interval} steps: the mask would never move, it may before "
                     f'step {self._last(tables)} of {self.steps}; use a shorter one, or grow = "none"'
                 )
+            tables.window = min(schedule.window or self._interval(tables), self._interval(tables))
 
     def before_step(self, step: int) -> None:
         """Collect gradients during step number `step`, counted from 0, if it lies in the window of an update."""
         for tables in self.tables:
-            schedule = tables.sparsity.schedule
-            due = -(-(step + 1) // schedule.interval) * schedule.interval
-            wanted = self._moves(tables, due) and due - step <= schedule.window
+            interval, limit = self._interval(tables), tables.sparsity.schedule.window_rows
+            due = -(-(step + 1) // interval) * interval
+            wanted = self._moves(tables, due) and due - step <= tables.window
             if wanted and tables.collector is None:
-                tables.collector = Collector(schedule.window_rows, salt=due, dim=tables.dim)
+                tables.collector = Collector(limit, tables.rows, salt=due, dim=tables.dim)
             elif not wanted:
                 tables.collector = None
 
@@ -60,8 +63,12 @@ class Mover:
                 continue
             assert tables.collector is not None
             fraction = tables.sparsity.schedule.fraction / 2 * (1 + math.cos(math.pi * (step + 1) / self._last(tables)))
-            move(tables, tables.collector.seen(), fraction, seed=hash((self.seed, step)))
-            tables.collector = None
+            seen, tables.collector = tables.collector.seen(), None  # which lets go of its memory
+            move(tables, seen, fraction, seed=hash((self.seed, step)))
+
+    def _interval(self, tables: SparseTables) -> int:
+        """Steps between updates."""
+        return tables.sparsity.schedule.interval or max(1, self.per_epoch // 2)
 
     def _last(self, tables: SparseTables) -> int:
         """The last step after which the mask may move."""
@@ -70,7 +77,7 @@ class Mover:
     def _moves(self, tables: SparseTables, done: int) -> bool:
         """Whether the mask moves when so many steps are done."""
         schedule = tables.sparsity.schedule
-        return schedule.grow != "none" and done % schedule.interval == 0 and 0 < done <= self._last(tables)
+        return schedule.grow != "none" and done % self._interval(tables) == 0 and 0 < done <= self._last(tables)
 
 
 def move(tables: SparseTables, seen: Seen, fraction: float, *, seed: int) -> None:

@@ -98,7 +98,10 @@ def average(members: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
             continue
         for name in sorted(found.keys() | weights.keys()):
             if not _alike(found.get(name), weights.get(name)):
-                raise ArtefactError(f"{name} differs between members: only models with one mask have a mean")
+                raise ArtefactError(
+                    f"{name} differs between member 1 and member {count}: only models with one mask have a mean; "
+                    "remove the folders soup-* in the training's and train again"
+                )
         found = {n: t + weights[n] if t.is_floating_point() else t for n, t in found.items()}
     return {n: t / count if t.is_floating_point() else t for n, t in found.items()}
 

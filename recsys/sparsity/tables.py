@@ -136,6 +136,12 @@ class SparseTables(nn.Module):
     ) -> None:
         super().__init__()
         check_density(sparsity.density, dim, unequal=sparsity.unequal)
+        if not sparsity.schedule.redistribute and sparsity.unequal and sparsity.density * dim < UNIT:
+            raise ConfigError(
+                f'sparsity.density = {sparsity.density:g}: with allocation = "popularity" rows hold whole units of '
+                f"{UNIT} weights, and those of {dim} would hold {sparsity.density * dim:.2g} on average, so that some "
+                f"would never hold any; use at least {UNIT / dim:.2g}, or schedule.redistribute above 0"
+            )
         for table in tables:
             _check_table(table, dim, sparsity.density, sparsity)
         self.tables = tuple(tables)
@@ -152,6 +158,8 @@ class SparseTables(nn.Module):
         self.groups: list[Group] = []
         self.accumulator = 0.0
         """What sums of squared gradients begin at."""
+        self.window = sparsity.schedule.window or 1
+        """Steps whose gradients decide an update; where the schedule does not say, `Mover` does."""
         self.collector: Collector | None = None
         """Takes the gradients of all weights of the batch's rows, while it is there."""
         if device.type != "meta":
@@ -170,7 +178,9 @@ class SparseTables(nn.Module):
         densities = [config.density if t.sparse else 1.0 for t in self.tables]
         sparse = [i for i, t in enumerate(self.tables) if t.sparse]
         if config.allocation == "er":
-            found = er_densities([self.tables[i].rows for i in sparse], self.dim, config.density)
+            found = er_densities(
+                [self.tables[i].rows for i in sparse], self.dim, config.density, unequal=config.unequal
+            )
             for i, density in zip(sparse, found, strict=True):
                 densities[i] = density
                 _check_table(self.tables[i], self.dim, density, config)
@@ -184,6 +194,12 @@ class SparseTables(nn.Module):
             found_R = popular_sizes(torch.cat(mine), self.dim, total)
             for i in sparse:
                 parts[i], found_R = found_R[: self.tables[i].rows], found_R[self.tables[i].rows :]
+                if not parts[i].any():
+                    raise ConfigError(
+                        f"sparsity.density = {config.density:g}: by popularity no weight is left for the "
+                        f"{self.tables[i].rows} rows of table {self.tables[i].name!r}; use at least "
+                        f'{UNIT / self.dim:.2g}, or allocation = "uniform"'
+                    )
         return torch.cat([torch.from_numpy(p) for p in parts])
 
     def tensors(self) -> dict[str, Tensor]:
@@ -207,7 +223,7 @@ class SparseTables(nn.Module):
         """Go on with a stored collector."""
         if not tensors:
             return
-        self.collector = Collector.restored(tensors, self.sparsity.schedule.window_rows, self.dim)
+        self.collector = Collector.restored(tensors, self.sparsity.schedule.window_rows, self.rows, self.dim)
 
     def adopt(self, tensors: Mapping[str, Tensor], where: Any, *, device: torch.device | None = None) -> None:
         """Take over stored `tensors`. Raises ArtefactError naming what is inconsistent."""
@@ -342,7 +358,7 @@ class SparseTables(nn.Module):
             return torch.zeros_like(sums_KD)
         state = group.state[index_K.to(group.state.device)].cpu()
         scale_K = (state if state.ndim == 1 else state[:, : group.size].mean(1)).sqrt() + self._adagrad["eps"]
-        longest = float(self.sparsity.schedule.window)
+        longest = float(self.window)
         return -self._adagrad["lr"] * (sums_KD / scale_K.unsqueeze(1)).clamp(-longest, longest)
 
     def movable(self) -> Tensor:
@@ -370,29 +386,34 @@ class SparseTables(nn.Module):
                         new = old.more(mine_KD, self.missed(group, index_K, mine_KD), self.accumulator)
                     moved.setdefault(new.positions_KS.shape[1], []).append(new)
         before_R, old_groups = self.sizes_R, {g.size: g for g in self.groups}
-        self.groups, groups = [], []
+        device, self.groups, groups = self.groups[0].values_NS.device, [], []
         for size in torch.unique(sizes_R).tolist():
             group = old_groups.pop(size, None)  # let go of it as soon as it is copied
             arrived = moved.get(size, [])
             if arrived or group is None or int((sizes_R == size).sum()) != len(group):
-                group = self._regroup(size, sizes_R, before_R, group, arrived)
+                group = self._regroup(size, sizes_R, before_R, group, arrived, device)
                 self._own(group)
             groups.append(group)
-        self._set(sizes_R, groups, groups[0].values_NS.device)
+        self._set(sizes_R, groups, device)
 
     def _regroup(
-        self, size: int, sizes_R: Tensor, before_R: Tensor, old: Group | None, arrived: Sequence["_Rows"]
+        self,
+        size: int,
+        sizes_R: Tensor,
+        before_R: Tensor,
+        old: Group | None,
+        arrived: Sequence["_Rows"],
+        device: torch.device,
     ) -> Group:
         """The rows of `size`: those that have it still, and those that have it now."""
         rows_N, slots = (sizes_R == size).nonzero().squeeze(1), slots_of(size)
-        device = torch.device("cpu") if old is None else old.values_NS.device
         group = Group(
             size,
             torch.zeros(len(rows_N), slots, device=device),
             torch.zeros(len(rows_N), slots, dtype=torch.uint8, device=device),
         )
         shape = (len(rows_N),) if self.sparsity.state == "row" else (len(rows_N), slots)
-        group.state = torch.full(shape, self.accumulator, device=device) if size else None
+        group.state = torch.full(shape, float(self.accumulator), device=device) if size else None
         if old is not None:
             known_N = (before_R == size).nonzero().squeeze(1)
             stay_N = (sizes_R[known_N] == size).nonzero().squeeze(1)
@@ -477,11 +498,11 @@ class SparseTables(nn.Module):
             yield self.groups[0], row_N, None
             return
         ends = list(accumulate(len(g) for g in self.groups))
-        if row_N.device.type == "cpu":
+        if self.place_R.device.type == "cpu":
             for group, (index_N, chosen_N) in zip(self.groups, split(row_N, self.place_R, ends), strict=True):
                 yield group, index_N, chosen_N
             return
-        place_N = self.place_R.index_select(0, row_N)
+        place_N = self.place_R.index_select(0, row_N.to(self.place_R.device)).to(row_N.device)
         start, before_N = 0, torch.zeros_like(place_N, dtype=torch.bool)
         for group, end in zip(self.groups, ends, strict=True):
             until_N = place_N < end
@@ -568,9 +589,9 @@ class SparseTables(nn.Module):
                     group.values_NS[write : write + kept] = source.values_NS[read : read + kept]
                     group.positions_NS[write : write + kept] = source.positions_NS[read : read + kept]
                     if group.state is not None:
-                        if sums is None or sums.shape[1:] != group.state.shape[1:]:
+                        if sums is None or sums.shape != (len(source), *group.state.shape[1:]):
                             raise ArtefactError(
-                                f"{where}: has no sums of each {self.sparsity.state} with {size} weights, as "
+                                f"{where}: has not the sums of each {self.sparsity.state} with {size} weights, as "
                                 f'sparsity.state = "{self.sparsity.state}" asks for; set it back, or train with --full'
                             )
                         group.state[write : write + kept] = sums[read : read + kept] * decay

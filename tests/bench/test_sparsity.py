@@ -91,9 +91,7 @@ def test_every_density_has_its_rivals() -> None:
 
 
 def test_a_step_with_a_moving_mask_is_the_mean_over_an_interval() -> None:
-    moving = bench.TIMED["moving"]
-    assert moving is not None
-    interval = moving.schedule.interval
+    interval = bench.INTERVAL
     for watched in (interval, interval // 10):
         steps = [2.0] * (interval - watched) + [3.0] * watched
         assert bench.step_of(2.0, 3.0, 50.0, watched / interval) == pytest.approx((sum(steps) + 50.0) / interval)

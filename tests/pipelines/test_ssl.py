@@ -7,6 +7,7 @@ from typing import Any
 import mlflow
 import pytest
 
+from base.config import load_config
 from base.errors import ConfigError
 from base.storage import resolve
 from pipelines.config import Run
@@ -14,6 +15,7 @@ from pipelines.evaluate import evaluate
 from pipelines.line import line_of
 from pipelines.prepare import prepare
 from pipelines.report import report
+from pipelines.settings import FeatureRun
 from pipelines.tracking import registry_of
 from pipelines.train import fit_window, train
 from recsys.bundle import Bundle
@@ -22,6 +24,7 @@ from recsys.tensors import load_tensors
 from recsys.trainer import Progress
 from tests.pipelines import test_daily, test_retrieval
 
+RUNS = Path(__file__).parents[2] / "pipelines" / "runs"
 SPARSITY = {"density": 0.5, "schedule": {"interval": 10, "window": 4}, "soup": {"members": 2}}
 
 
@@ -134,3 +137,9 @@ def test_the_settings_of_a_run_file_are_those_it_says(folder: Path) -> None:
     run: Run = test_retrieval.run_of(folder, "read", ssl={"baseline": "feature_dropout", "dropout": 0.4})
     assert run.ssl is not None
     assert (run.ssl.baseline, run.ssl.dropout, run.ssl_item) == ("feature_dropout", 0.4, ("item", "genres", "price"))
+
+
+@pytest.mark.parametrize("file", sorted(RUNS.glob("*.toml")), ids=lambda f: f.name)
+def test_the_steps_on_features_read_every_run_file(file: Path) -> None:
+    """Settings of models, which they do not read, are no unknown ones to them."""
+    assert load_config(FeatureRun, file).features

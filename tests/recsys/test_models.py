@@ -170,8 +170,8 @@ DEEPER = {f"{name}-funnel": Case(PER_LABEL[name], 2, funnel=True) for name in ("
 
 
 def sparse(case: Case, state: Literal["row", "element"] = "row") -> Case:
-    """The same with half of the weights, which move; of one weight a row, with all."""
-    density = 1.0 if isinstance(case.config, LRConfig) else 0.5
+    """The same with more than half of the weights, in rows of several sizes, which move; of one a row, with all."""
+    density = 1.0 if isinstance(case.config, LRConfig) else 0.6
     return replace(case, sparsity=Sparsity(density=density, state=state, schedule=Schedule(interval=20, window=5)))
 
 

@@ -58,7 +58,7 @@ def make(
     **settings: Any,
 ) -> SparseTables:
     """Tables t0, t1 … ready to train; those that are `kept` hold every weight, those that are `multi` take bags."""
-    sparsity = Sparsity(density=density, schedule=Schedule(**(schedule or {})), **settings)
+    sparsity = Sparsity(density=density, schedule=Schedule(**({"window": 10} | (schedule or {}))), **settings)
     tables = [SparseTable(f"t{i}", f"f{i}", n, i in multi, i not in kept) for i, n in enumerate(rows)]
     made = SparseTables(tables, dim, sparsity, torch.device("meta"), 0.1)
     made.prepare({"lr": lr, "eps": 1e-8}, CPU)
@@ -234,7 +234,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "dim": 16,
         "density": 0.1,
         "allocation": "popularity",
-        "counts": [torch.arange(50), torch.arange(7), torch.arange(300) ** 2],
+        "schedule": {"redistribute": 1.0},
+        "counts": [torch.arange(50) ** 3, torch.arange(7) ** 6, torch.arange(300) ** 2],
     },
 }
 
@@ -263,7 +264,7 @@ def test_the_collector_has_the_gradients_of_dense_tables(kind: str) -> None:
     rng = np.random.default_rng(1)
     tables = make(**KINDS[kind], multi=[1, 2], lr=0.0)
     dense = [t.requires_grad_(True) for t in expanded.weights(tables).values()]
-    tables.collector = Collector(10**6, 1, tables.dim)
+    tables.collector = Collector(10**6, tables.rows, 1, tables.dim)
     touched: set[int] = set()
     for _ in range(3):
         bags = random_bags(tables, 40, rng)
@@ -286,7 +287,7 @@ def test_a_step_may_look_up_twice(kind: str) -> None:
     tables, collecting = (make(**KINDS[kind], multi=[1, 2], lr=lr) for lr in (0.1, 0.0))
     dense = [t.requires_grad_(True) for t in expanded.weights(collecting).values()]
     before, masks = expanded.weights(tables), expanded.masks(tables)
-    collecting.collector = Collector(10**6, 1, collecting.dim)
+    collecting.collector = Collector(10**6, collecting.rows, 1, collecting.dim)
     both = [random_bags(tables, 40, rng), random_bags(tables, 25, rng)]
     up = [torch.from_numpy(rng.normal(size=(len(bags[0]), 3, tables.dim))).float() for bags in both]
     for own in (tables, collecting):
@@ -320,9 +321,10 @@ def test_a_batch_may_lack_what_is_not_of_it() -> None:
 def test_rows_without_any_weight_are_collected_too() -> None:
     tables = make([2], 8, 0.5, allocation="popularity", counts=[torch.tensor([0, 9])], lr=0.0)
     assert tables.sizes_R.tolist() == [4, 4]
-    tables = make([3], 8, 0.25, allocation="popularity", counts=[torch.tensor([0, 5, 9])], lr=0.0)
+    moving = {"redistribute": 1.0}
+    tables = make([3], 8, 0.25, allocation="popularity", counts=[torch.tensor([0, 5, 9])], lr=0.0, schedule=moving)
     assert tables.sizes_R.tolist() == [0, 0, 4]
-    tables.collector = Collector(10, 1, 8)
+    tables.collector = Collector(10, tables.rows, 1, 8)
     found = tables(jagged([[[0], [1]]]))
     assert found.eq(0).all()
     (found * 2).sum().backward()
@@ -407,7 +409,7 @@ def test_a_collector_keeps_a_sample_of_rows_and_their_exact_sums(first: int, mon
     """Also where room is short from the first row on, within a batch and between them."""
     monkeypatch.setattr(collect, "_FIRST", first)
     rng = np.random.default_rng(3)
-    few, all_ = Collector(50, 7, 4), Collector(10**6, 7, 4)
+    few, all_ = Collector(50, 500, 7, 4), Collector(10**6, 500, 7, 4)
     exact = np.zeros((500, 4))
     for _ in range(6):
         rows, bags, shares = rng.integers(0, 500, 90), rng.integers(0, 30, 90), rng.random(90)
@@ -434,7 +436,7 @@ def test_few_batches_pay_for_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         thin(self)
 
     monkeypatch.setattr(Collector, "_thin", counted)
-    collector = Collector(8000, 1, 2)
+    collector = Collector(8000, 200_000, 1, 2)
     for row_N in torch.arange(200_000).split(400):
         collector.add(row_N, torch.zeros_like(row_N), None, torch.ones(1, 2))
     assert 10 < len(thinned) < 25
@@ -442,9 +444,31 @@ def test_few_batches_pay_for_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(collector.seen().rows_K) == 8000
 
 
+@pytest.mark.parametrize(("rows", "limit"), [(200_000, 1000), (900, 1000), (200_000, 1), (3, 2)])
+def test_a_collector_never_has_room_for_more_than_a_fourth_above_its_limit(
+    rows: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor for more rows than there are, however many a batch has."""
+    rooms: list[int] = []
+    hold = Collector._hold
+
+    def noted(self: Collector, *found: Tensor) -> None:
+        hold(self, *found)
+        rooms.append(len(self._sums))
+
+    monkeypatch.setattr(Collector, "_hold", noted)
+    collector, row_N = Collector(limit, rows, 1, 2), torch.arange(rows)
+    for _ in range(2):
+        collector.add(row_N, torch.zeros_like(row_N), None, torch.ones(1, 2))
+    assert max(rooms) <= min(rows, limit + max(1, limit // 4))
+    seen = collector.seen()
+    assert len(seen.rows_K) == min(rows, limit)
+    assert seen.sums_KD.eq(2).all()
+
+
 def test_which_rows_a_collector_keeps_follows_from_the_window_alone() -> None:
     def kept(batches: list[Tensor], salt: int) -> list[int]:
-        collector = Collector(64, salt, 2)
+        collector = Collector(64, 5000, salt, 2)
         for row_N in batches:
             collector.add(row_N, torch.zeros_like(row_N), None, torch.ones(1, 2))
         return collector.seen().rows_K.tolist()
@@ -658,7 +682,7 @@ def test_masks_move_at_intervals_until_the_stop_by_a_cosine(
     moved: dict[int, tuple[float, int]] = {}
     steps, interval, last = 100, 10, int(100 * stop)
     tables = make([20], 8, 0.5, schedule={"interval": interval, "window": window, "stop": stop, "fraction": 0.4})
-    mover, watched = Mover([tables], steps, 0), []
+    mover, watched = Mover([tables], steps, steps, 0), []
     now = 0
 
     def note(tables: SparseTables, seen: Seen, fraction: float, *, seed: int) -> None:
@@ -683,7 +707,7 @@ def test_masks_move_at_intervals_until_the_stop_by_a_cosine(
 
 def test_a_fixed_mask_never_moves() -> None:
     tables = make([20], 8, 0.5, schedule={"grow": "none", "interval": 1000})
-    mover = Mover([tables], 10, 0)
+    mover = Mover([tables], 10, 10, 0)
     for step in range(10):
         mover.before_step(step)
         assert tables.collector is None
@@ -693,14 +717,54 @@ def test_a_fixed_mask_never_moves() -> None:
 def test_an_interval_longer_than_training_is_refused() -> None:
     tables = make([20], 8, 0.5, schedule={"interval": 80, "stop": 0.75})
     with pytest.raises(
-        ConfigError, match=r"sparsity\.schedule\.interval = 80 steps: .* until step 75 of 100; use a shorter one"
+        ConfigError, match=r"sparsity\.schedule\.interval = 80 steps: .* before step 75 of 100; use a shorter one"
     ):
-        Mover([tables], 100, 0)
-    Mover([tables], 100, 0, warm=True)
-    Mover([tables], 107, 0)
+        Mover([tables], 100, 100, 0)
+    Mover([tables], 100, 100, 0, warm=True)
+    with pytest.raises(ConfigError, match=r"before step 80 of 107"):  # at the last one the fraction is 0
+        Mover([tables], 107, 107, 0)
+    Mover([tables], 108, 108, 0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "per_epoch", "moves"), [(36, 12, [6, 12, 18, 24, 30]), (13, 13, [6, 12]), (1, 1, [])]
+)
+def test_by_default_masks_move_twice_an_epoch_by_all_gradients(
+    steps: int, per_epoch: int, moves: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[int] = []
+    tables = make([20], 8, 0.5, schedule={"window": None})
+    mover = Mover([tables], steps, per_epoch, 0)
+    monkeypatch.setattr(recsys.sparsity.schedule, "move", lambda *_, **__: moved.append(now))
+    for now in range(1, steps + 1):
+        mover.before_step(now - 1)
+        assert (tables.collector is not None) == (now <= max(moves, default=0))
+        mover.after_step(now - 1)
+    assert moved == moves
+    assert tables.window == max(1, per_epoch // 2)
 
 
 # --- what cannot be meant ---------------------------------------------------------------------------------------------
+
+
+def test_popularity_leaves_no_row_without_weights_unless_they_move_between_rows() -> None:
+    rare = {"allocation": "popularity", "counts": [torch.arange(1000), torch.zeros(50)]}
+    for density in (0.5, 0.7):
+        assert make([1000, 50], 8, density, **rare).sizes_R.min() >= UNIT
+    with pytest.raises(ConfigError, match=r"density = 0\.25: .* hold 2 on average, .* at least 0\.5, or schedule\.red"):
+        make([1000, 50], 8, 0.25, **rare)
+    with pytest.raises(ConfigError, match=r"no weight is left for the 50 rows of table 't1'; use at least 0\.5"):
+        make([1000, 50], 8, 0.25, **rare, schedule={"redistribute": 1.0})
+
+
+@pytest.mark.parametrize("dim", [9, 10, 11])
+def test_a_full_table_of_whole_units_leaves_its_rest_to_the_others(dim: int) -> None:
+    """Rows may hold no more than 8 of these; the budget is that of the density all the same."""
+    tables = make([3000, 6], dim, 0.5, allocation="er", schedule={"redistribute": 0.5})
+    assert (tables.sizes_R[3000:] == 8).all()
+    assert abs(tables.budget - 0.5 * 3006 * dim) <= 2 * UNIT
+    fresh = SparseTables(tables.tables, dim, tables.sparsity, torch.device("meta"), 0.1)
+    fresh.adopt(tables.tensors(), "there")  # which refuses another budget
 
 
 @pytest.mark.parametrize("wrong", [0, -0.1, 1.01, "half"])

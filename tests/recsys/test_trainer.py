@@ -594,11 +594,14 @@ def test_an_epoch_leaves_its_share_of_adagrads_sums(data: Any, tmp_path: Path, m
 
 
 def test_a_row_moves_further_where_adagrad_forgets(data: Any, tmp_path: Path) -> None:
-    kept, forgotten = (
-        run(data, tmp_path / str(d), with_config(epochs=10, table_accumulator_decay=d)).state for d in (1.0, 0.1)
-    )
-    kept_R, forgotten_R = (load_tensors(s / "table_states")["a"] for s in (kept, forgotten))
-    assert forgotten_R.sum() < 0.5 * kept_R.sum()
+    def moved(decay: float) -> float:
+        """How far the table of a is from where it began, over epochs of which none is measured."""
+        config = with_config(epochs=10, table_accumulator_decay=decay)
+        streams = (data[0], None)
+        weights = train(LRConfig(), SCHEMA, *streams, config, tmp_path / str(decay)).weights
+        return float(weights["embed.tables.embedding_bags.a.weight"].abs().sum())
+
+    assert moved(0.1) > 1.2 * moved(1.0)
 
 
 def test_weight_decay_shrinks_dense_weights(data: Any, tmp_path: Path) -> None:
