@@ -62,15 +62,15 @@ class Job:
 
 
 def run_jobs(file: Path, jobs: Sequence[Job], *, budget_seconds: float) -> None:
-    """Measure what is not recorded yet, seed by seed over all jobs, until the budget is spent.
+    """Measure what is not recorded yet until the budget is spent: seed by seed, first the jobs that have most seeds.
 
     A record of an earlier commit counts: to measure anew after a change that matters, remove its lines.
     """
     at, started = commit(), time.perf_counter()
     done = {(r["config_hash"], r["seed"]) for r in read(file)}
     durations: dict[str, float] = {}
-    waiting = [(seed, job) for seed in range(1, max(j.seeds for j in jobs) + 1) for job in jobs if seed <= job.seeds]
-    waiting = [(s, j) for s, j in waiting if (config_hash(j.config), s) not in done]
+    waiting = [(s, j) for j in jobs for s in range(1, j.seeds + 1) if (config_hash(j.config), s) not in done]
+    waiting.sort(key=lambda both: (-both[1].seeds, both[0]))  # stable: a seed's jobs in their order
     for i, (seed, job) in enumerate(waiting):
         spent = time.perf_counter() - started
         if spent + durations.get(job.name, 0) > budget_seconds:
