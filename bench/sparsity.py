@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,7 +57,7 @@ from recsys.metrics import log_loss, roc_auc
 from recsys.models import DCNConfig, Model, ModelConfig, build_model
 from recsys.models.fm import FMConfig
 from recsys.models.two_tower import TwoTower, TwoTowerConfig
-from recsys.retrieval import rank_items
+from recsys.retrieval import Ranking, rank_items
 from recsys.sparsity.config import Schedule, Sparsity
 from recsys.sparsity.describe import bytes_of, dense_bytes
 from recsys.sparsity.prune import pruned
@@ -185,7 +185,7 @@ def kinds(chosen: Sparsity, densities: Sequence[float] = DENSITIES) -> list[Kind
             Kind(f"fixed mask {density:g}", density, sparsity=fixed),
             Kind(f"pruned {density:g}", density, sparsity=moving, pruned=True),
         ]
-        if alike != fixed and density in HEADLINE:  # what moving is worth, apart from where the mask begins
+        if alike != fixed and density == HEADLINE[0]:  # what moving is worth, apart from where the mask begins
             found.append(Kind(f"fixed mask {density:g}, begun as the moving one", density, sparsity=alike))
     return found
 
@@ -235,6 +235,51 @@ def _seeds(kind: Kind, *, quick: bool) -> int:
     return 1 if quick else SEEDS if kind.name == "dense" or kind.density in HEADLINE else 2
 
 
+@dataclass
+class _Trainings:
+    """Trains models of every kind on one data set."""
+
+    run: Run
+    fitted: FittedPipeline
+    files: tuple[Path, ...]
+    valid: ExampleStream | Ranking
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    dense: tuple[int, trainer.Trained] | None = None
+    """The last seed's, which is pruned to every density."""
+
+    def model(self, kind: Kind, seed: int) -> tuple[Model, trainer.Trained]:
+        """With the best weights of a training, pruned if the kind says so."""
+        schema, config = self.run.schema_of(self.fitted), self.run.model.model_copy(update={"dim": kind.dim})
+        trained = self._trained(kind, seed, schema, config)
+        weights = trained.weights
+        if kind.pruned:
+            assert kind.sparsity is not None
+            weights = _pruned(config, schema, kind.sparsity, weights)
+        return load_model(config, schema, weights, where=Path(kind.name), sparsity=kind.sparsity), trained
+
+    def _trained(self, kind: Kind, seed: int, schema: Schema, model: ModelConfig) -> trainer.Trained:
+        dense = kind.pruned or (kind.sparsity is None and kind.dim == DIM)
+        if dense and self.dense is not None and self.dense[0] == seed:
+            return self.dense[1]
+        config = self.run.train.model_copy(update={"seed": seed, "threads": 1})
+        fit = ExampleStream(self.files, schema, config.batch_size, shuffle=True, seed=seed)
+        ticker = Ticker(f"{kind.name} seed {seed}", interval_seconds=60)
+        options = {"sparsity": None if dense else kind.sparsity, "on_step": ticker.on_step, **self.options}
+        with tempfile.TemporaryDirectory() as scratch:
+            trained = trainer.train(model, schema, fit, self.valid, config, Path(scratch), **options)
+        if dense:
+            self.dense = seed, trained
+        return trained
+
+
+def _pruned(model: ModelConfig, schema: Schema, sparsity: Sparsity, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tables = build_model(model, schema, table_device="meta", sparsity=sparsity).embed.tables
+    assert isinstance(tables, SparseTables)
+    dense = {t.name: weights[TABLE.format(t.name)] for t in tables.tables}
+    others = {name: t for name, t in weights.items() if name not in {TABLE.format(n) for n in dense}}
+    return others | {f"embed.tables.{name}": t for name, t in pruned(tables, dense).items()}
+
+
 def gowalla_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
     """Matrix factorization with in-batch softmax, by full ranking."""
     settings = [f"data.path={data}/gowalla/*.txt", f"output={work}/gowalla"]
@@ -247,11 +292,14 @@ def gowalla_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
     asked = [resolve(run.ranking_path(p)) for p in (["split=valid"], TEST)]
     folders = [resolve(run.examples_path("split=train")), *asked]
     common = {"bench": "sparsity", "part": "gowalla", "rows": records.rows_hash(*folders), "quick": quick}
+    files = tuple(examples_of(run, ["split=train"], fitted, run.examples_path))
+    valid, test = ranking_of(run, fitted, ["split=valid"]), ranking_of(run, fitted, TEST)
+    trainings = _Trainings(run, fitted, files, valid, {"item_counts": fitted.counts_of(run.item_feature)})
     jobs: list[records.Job] = []
     for kind in _kinds(ON_GOWALLA, quick=quick):
 
         def measure(seed: int, kind: Kind = kind) -> Mapping[str, Any]:
-            return _gowalla(run, fitted, kind, seed)
+            return _gowalla(trainings, test, kind, seed)
 
         jobs.append(
             records.Job(f"gowalla | {kind.name}", common | _config(run, kind), _seeds(kind, quick=quick), measure)
@@ -259,22 +307,18 @@ def gowalla_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
     return jobs
 
 
-def _gowalla(run: Run, fitted: FittedPipeline, kind: Kind, seed: int) -> Mapping[str, Any]:
-    files = tuple(examples_of(run, ["split=train"], fitted, run.examples_path))
-    valid, counts = ranking_of(run, fitted, ["split=valid"]), fitted.counts_of(run.item_feature)
-    model, history, best = _trained(run, fitted, kind, seed, files, valid, item_counts=counts)
+def _gowalla(trainings: _Trainings, test: Ranking, kind: Kind, seed: int) -> Mapping[str, Any]:
+    model, trained = trainings.model(kind, seed)
     assert isinstance(model, TwoTower)
     with torch.no_grad():
-        found = rank_items(
-            lambda s: (x for x, _ in trainer.passed(model, s, CPU)), model, ranking_of(run, fitted, TEST)
-        )
+        found = rank_items(lambda s: (x for x, _ in trainer.passed(model, s, CPU)), model, test)
     (top,) = found.filter(slice="all", k=20).to_dicts()
-    curve = [h["recall_20"] for h in history if "recall_20" in h]
+    curve = [h["recall_20"] for h in trained.history if "recall_20" in h]
     return {
         "recall": top["recall"],
         "ndcg": top["ndcg"],
         "valid": curve,
-        "best_epoch": best,
+        "best_epoch": trained.best_epoch,
         "bytes": bytes_of(model).training,
     }
 
@@ -287,36 +331,6 @@ def _config(run: Run, kind: Kind) -> dict[str, Any]:
         sparsity["schedule"] = {"grow": "none"}  # nothing else of it matters
     train = records.settings_of(run.train, "seed")
     return {"model": model.model_dump(mode="json"), "train": train, "sparsity": sparsity, "pruned": kind.pruned}
-
-
-def _trained(
-    run: Run, fitted: FittedPipeline, kind: Kind, seed: int, files: tuple[Path, ...], valid: Any, **options: Any
-) -> tuple[Model, list[dict[str, float]], int]:
-    """A model with the best weights of a training; pruned if the kind says so."""
-    schema, config = run.schema_of(fitted), run.train.model_copy(update={"seed": seed, "threads": 1})
-    fit = ExampleStream(files, schema, config.batch_size, shuffle=True, seed=seed)
-    model = run.model.model_copy(update={"dim": kind.dim})
-    sparsity = None if kind.pruned else kind.sparsity
-    with tempfile.TemporaryDirectory() as scratch:
-        ticker = Ticker(f"{kind.name} seed {seed}", interval_seconds=60)
-        folder = Path(scratch)
-        trained = trainer.train(
-            model, schema, fit, valid, config, folder, sparsity=sparsity, on_step=ticker.on_step, **options
-        )
-    weights = trained.weights
-    if kind.pruned:
-        assert kind.sparsity is not None
-        weights = _pruned(model, schema, kind.sparsity, weights)
-    plain = load_model(model, schema, weights, where=Path(kind.name), sparsity=kind.sparsity)
-    return plain, trained.history, trained.best_epoch
-
-
-def _pruned(model: ModelConfig, schema: Schema, sparsity: Sparsity, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    tables = build_model(model, schema, table_device="meta", sparsity=sparsity).embed.tables
-    assert isinstance(tables, SparseTables)
-    dense = {t.name: weights[TABLE.format(t.name)] for t in tables.tables}
-    others = {name: t for name, t in weights.items() if name not in {TABLE.format(n) for n in dense}}
-    return others | {f"embed.tables.{name}": t for name, t in pruned(tables, dense).items()}
 
 
 # MovieLens-1M
@@ -332,11 +346,13 @@ def movielens_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
     fitted = prepare(run)
     folder = export(run, fitted, work / "ml-1m", share=0.1 if quick else 1.0)
     common = {"bench": "sparsity", "part": "ml-1m", "rows": records.rows_hash(folder), "quick": quick}
+    valid = ExampleStream((folder / "valid.parquet",), run.schema_of(fitted), run.train.batch_size)
+    trainings = _Trainings(run, fitted, (folder / "train.parquet",), valid)
     jobs: list[records.Job] = []
     for kind in _kinds(ON_MOVIELENS, quick=quick):
 
         def measure(seed: int, kind: Kind = kind) -> Mapping[str, Any]:
-            return _movielens(run, fitted, folder, kind, seed)
+            return _movielens(trainings, folder / "test.parquet", kind, seed)
 
         jobs.append(
             records.Job(f"ml-1m | {kind.name}", common | _config(run, kind), _seeds(kind, quick=quick), measure)
@@ -344,14 +360,12 @@ def movielens_jobs(data: Path, work: Path, *, quick: bool) -> list[records.Job]:
     return jobs
 
 
-def _movielens(run: Run, fitted: FittedPipeline, folder: Path, kind: Kind, seed: int) -> Mapping[str, Any]:
-    schema = run.schema_of(fitted)
-    valid = ExampleStream((folder / "valid.parquet",), schema, run.train.batch_size)
-    model, history, best = _trained(run, fitted, kind, seed, (folder / "train.parquet",), valid)
-    labels, probabilities = predicted(model, schema, folder / "test.parquet")
-    curve = [h[f"p_{run.labels[0]}.auc"] for h in history]
+def _movielens(trainings: _Trainings, test: Path, kind: Kind, seed: int) -> Mapping[str, Any]:
+    run, (model, trained) = trainings.run, trainings.model(kind, seed)
+    labels, probabilities = predicted(model, run.schema_of(trainings.fitted), test)
+    curve = [h[f"p_{run.labels[0]}.auc"] for h in trained.history]
     found = {"auc": roc_auc(labels, probabilities), "log_loss": log_loss(labels, probabilities)}
-    return {**found, "valid": curve, "best_epoch": best, "bytes": bytes_of(model).training}
+    return {**found, "valid": curve, "best_epoch": trained.best_epoch, "bytes": bytes_of(model).training}
 
 
 # Memory
