@@ -47,6 +47,11 @@ def check_density(density: float, dim: int, *, unequal: bool) -> None:
         )
 
 
+def enough(dim: int) -> float:
+    """A density of which every row may hold a unit of weights."""
+    return -(-1000 * UNIT // dim) / 1000
+
+
 def even_sizes(rows: int, dim: int, density: float, *, unequal: bool, first: int = 0) -> NDArray[np.uint8]:
     """sizes_R of the rows from number `first` on, all as near to density x dim as sizes come.
 

@@ -31,6 +31,7 @@ from recsys.sparsity.kernels import Lookups, rows_of, split
 from recsys.sparsity.layout import (
     UNIT,
     check_density,
+    enough,
     er_densities,
     even_sizes,
     even_total,
@@ -140,7 +141,7 @@ class SparseTables(nn.Module):
             raise ConfigError(
                 f'sparsity.density = {sparsity.density:g}: with allocation = "popularity" rows hold whole units of '
                 f"{UNIT} weights, and those of {dim} would hold {sparsity.density * dim:.2g} on average, so that some "
-                f"would never hold any; use at least {UNIT / dim:.2g}, or schedule.redistribute above 0"
+                f"would never hold any; use at least {enough(dim):g}, or schedule.redistribute above 0"
             )
         for table in tables:
             _check_table(table, dim, sparsity.density, sparsity)
@@ -198,7 +199,7 @@ class SparseTables(nn.Module):
                     raise ConfigError(
                         f"sparsity.density = {config.density:g}: by popularity no weight is left for the "
                         f"{self.tables[i].rows} rows of table {self.tables[i].name!r}; use at least "
-                        f'{UNIT / self.dim:.2g}, or allocation = "uniform"'
+                        f'{enough(self.dim):g}, or allocation = "uniform"'
                     )
         return torch.cat([torch.from_numpy(p) for p in parts])
 

@@ -97,7 +97,9 @@ def test_equal_magnitudes_do_not_change_the_number_of_weights() -> None:
 def test_a_dense_models_padding_is_no_weight(allocation: str) -> None:
     """Dense rows of 6 are stored as 8, and what nothing reads is as large as the rest."""
     schema = Schema(keys=(), dense=(), sparse=(Sparse(name="a", rows=50), Sparse(name="b", rows=9)), labels=("click",))
-    config, sparsity = FMConfig(dim=5), Sparsity.model_validate({"density": 0.6, "allocation": allocation})
+    schedule = {"redistribute": 1.0 if allocation == "popularity" else 0.0}
+    given = {"density": 0.6, "allocation": allocation, "schedule": schedule}
+    config, sparsity = FMConfig(dim=5), Sparsity.model_validate(given)
     plain = build_model(config, schema)
     weights = dict(plain.state_dict())
     dense = {name: weights.pop(TABLE.format(name)) for name in ("a", "b")}
