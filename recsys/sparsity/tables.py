@@ -407,31 +407,36 @@ class SparseTables(nn.Module):
         device: torch.device,
     ) -> Group:
         """The rows of `size`: those that have it still, and those that have it now."""
-        rows_N, slots = (sizes_R == size).nonzero().squeeze(1), slots_of(size)
+        count, slots = int((sizes_R == size).sum()), slots_of(size)
         group = Group(
             size,
-            torch.zeros(len(rows_N), slots, device=device),
-            torch.zeros(len(rows_N), slots, dtype=torch.uint8, device=device),
+            torch.zeros(count, slots, device=device),
+            torch.zeros(count, slots, dtype=torch.uint8, device=device),
         )
-        shape = (len(rows_N),) if self.sparsity.state == "row" else (len(rows_N), slots)
+        shape = (count,) if self.sparsity.state == "row" else (count, slots)
         group.state = torch.full(shape, float(self.accumulator), device=device) if size else None
-        if old is not None:
-            known_N = (before_R == size).nonzero().squeeze(1)
-            stay_N = (sizes_R[known_N] == size).nonzero().squeeze(1)
-            for stay_K in stay_N.split(_CHUNK):
-                place_K, from_K = torch.searchsorted(rows_N, known_N[stay_K]).to(device), stay_K.to(device)
-                group.values_NS[place_K] = old.values_NS[from_K]
-                group.positions_NS[place_K] = old.positions_NS[from_K]
-                if group.state is not None and old.state is not None:
-                    group.state[place_K] = old.state[from_K]
-        for rows in arrived:
-            place_K = torch.searchsorted(rows_N, rows.rows_K).to(device)
-            group.values_NS[place_K, :size] = rows.values_KS.to(device)
-            group.positions_NS[place_K, :size] = rows.positions_KS.to(torch.uint8).to(device)
-            if group.state is not None and rows.state is not None:
-                where = (place_K,) if rows.state.ndim == 1 else (place_K, slice(0, size))
-                group.state[where] = rows.state.to(device)
+        written = read = 0
+        for start in range(0, len(sizes_R), _CHUNK):  # numbers of all rows would be as large as the weights
+            now_K, was_K = (sizes[start : start + _CHUNK] == size for sizes in (sizes_R, before_R))
+            place_K, from_K = now_K.cumsum(0) + (written - 1), was_K.cumsum(0) + (read - 1)
+            stay_K = now_K & was_K
+            if old is not None:
+                _copy(old, from_K[stay_K].to(device), group, place_K[stay_K].to(device))
+            for rows in arrived:
+                first, last = torch.searchsorted(rows.rows_K, torch.tensor([start, start + _CHUNK])).tolist()
+                self._put(rows, slice(first, last), group, place_K[rows.rows_K[first:last] - start].to(device))
+            written, read = written + int(now_K.sum()), read + int(was_K.sum())
         return group
+
+    @staticmethod
+    def _put(rows: "_Rows", chosen: slice, group: Group, place_K: Tensor) -> None:
+        """Some of the rows, whose sizes have changed, at their places."""
+        device = place_K.device
+        group.values_NS[place_K, : group.size] = rows.values_KS[chosen].to(device)
+        group.positions_NS[place_K, : group.size] = rows.positions_KS[chosen].to(torch.uint8).to(device)
+        if group.state is not None and rows.state is not None:
+            where = (place_K,) if rows.state.ndim == 1 else (place_K, slice(0, group.size))
+            group.state[where] = rows.state[chosen].to(device)
 
     # Lookup
 
@@ -651,6 +656,14 @@ class SparseTables(nn.Module):
                 positions_KS = group.positions_NS[index_K, : group.size].long()
                 total_D.index_add_(0, positions_KS.view(-1), group.values_NS[index_K, : group.size].double().view(-1))
         return (total_D / int(known_R.sum())).float()
+
+
+def _copy(old: Group, from_K: Tensor, group: Group, place_K: Tensor) -> None:
+    """Rows of one group to places in another of their size."""
+    group.values_NS[place_K] = old.values_NS[from_K]
+    group.positions_NS[place_K] = old.positions_NS[from_K]
+    if group.state is not None and old.state is not None:
+        group.state[place_K] = old.state[from_K]
 
 
 def _check_table(table: SparseTable, dim: int, density: float, sparsity: Sparsity) -> None:
