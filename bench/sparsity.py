@@ -630,7 +630,7 @@ def _gowalla_steps(seed: int, turns: int) -> dict[str, float]:
     for model in inner.values():
         model.count_items(counts)
     optimizers = {name: torch.optim.Adam(sharded.dense.values()) for name, sharded in models.items()}
-    clock, moves = Clock(), _Moves(models["moving"], seed, min(turns, 100))
+    clock, moves = Clock(), _Moves(models["moving"], seed, min(turns, INTERVAL))
 
     def step(name: str, batch: Batch) -> None:
         loss = inner[name].loss(models[name].module(batch), batch.labels_BT)
@@ -678,10 +678,10 @@ class _Moves:
     @contextmanager
     def __call__(self, clock: Clock, turn: int) -> Iterator[None]:
         """Around a step."""
-        at = 100 - self.cycle + turn % self.cycle
+        at = INTERVAL - self.cycle + turn % self.cycle
         self.mover.before_step(at)
         yield
-        if at == 99:
+        if at == INTERVAL - 1:
             clock("update", lambda: self.mover.after_step(at))
 
 

@@ -530,18 +530,25 @@ def test_adagrad_may_begin_with_more_than_it_has_seen(data: Any, tmp_path: Path)
     assert with_more[table_name].abs().mean() < 0.3 * with_less[table_name].abs().mean()
 
 
-@pytest.mark.parametrize("sparsity", [None, Sparsity(density=1.0, state="element", schedule=Schedule(grow="none"))])
-def test_l2_of_tables_moves_each_row_at_its_own_rate(sparsity: Sparsity | None, data: Any) -> None:
+FULL = {s: Sparsity(density=1.0, state=s, schedule=Schedule(grow="none")) for s in ("row", "element")}
+"""Sparse tables that hold every weight."""
+
+
+def after_a_step(sparsity: Sparsity | None, data: Any) -> Sharded:
     model = build_model(FMConfig(dim=7), SCHEMA, table_device="meta", sparsity=sparsity)
     sharded = shard(model, torch.device("cpu"), {"lr": 0.1, "eps": 1e-8}, batch_size=100)
     reset_tables(sharded, 0)
     batch = next(data[0].epoch(0))
     model.loss(sharded.module(batch), batch.labels_BT).backward()
-    found = [(t.weights_RD, t.state_R) for t in sharded.tables.values()]
-    found += [(g.values_NS, g.state) for part in sharded.sparse.values() for g in part.groups if g.state is not None]
-    before = [(weights.double().clone(), sums.double().clone()) for weights, sums in found]
+    return sharded
+
+
+@pytest.mark.parametrize("sparsity", [None, FULL["element"]])
+def test_l2_of_tables_moves_each_row_at_its_own_rate(sparsity: Sparsity | None, data: Any) -> None:
+    sharded = after_a_step(sparsity, data)
+    before = [(weights.double().clone(), sums.double().clone()) for weights, sums in sharded._tables()]
     sharded.decay_tables(0.003)
-    for (weights, _), (old, sums) in zip(found, before, strict=True):
+    for (weights, _), (old, sums) in zip(sharded._tables(), before, strict=True):
         rate = torch.where(sums > 0, torch.exp(-0.003 / sums.sqrt()), 1.0)
         assert (rate < 0.99).any()
         torch.testing.assert_close(weights.double(), old * (rate if rate.ndim == 2 else rate[:, None]))
@@ -565,16 +572,9 @@ def test_l2_of_tables_comes_to_rest_where_the_losses_slope_is_minus_lambda_w(dat
     torch.testing.assert_close(slope_R[seen_R], -0.01 * before_R[seen_R], atol=3e-4, rtol=0.02)
 
 
-@pytest.mark.parametrize(
-    "sparsity",
-    [None, *(Sparsity(density=1.0, state=s, schedule=Schedule(grow="none")) for s in ("row", "element"))],
-)
+@pytest.mark.parametrize("sparsity", [None, *FULL.values()])
 def test_adagrads_sums_decay_and_weights_stay(sparsity: Sparsity | None, data: Any) -> None:
-    model = build_model(FMConfig(dim=7), SCHEMA, table_device="meta", sparsity=sparsity)
-    sharded = shard(model, torch.device("cpu"), {"lr": 0.1, "eps": 1e-8}, batch_size=100)
-    reset_tables(sharded, 0)
-    batch = next(data[0].epoch(0))
-    model.loss(sharded.module(batch), batch.labels_BT).backward()
+    sharded = after_a_step(sparsity, data)
     before = [(weights.clone(), sums.clone()) for weights, sums in sharded._tables()]
     assert any(sums.any() for _, sums in before)
     sharded.decay_sums(0.25)
