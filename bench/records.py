@@ -32,13 +32,13 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def settings_of(train: Config, *also: str) -> dict[str, Any]:
-    """What of `[train]` decides a result. Settings younger than some records count once they are used."""
-    unused = {k for k, v in _YOUNGER.items() if getattr(train, k) == v}
-    return train.model_dump(exclude={"processes", *unused, *also})
+def settings_of(table: Config, *also: str) -> dict[str, Any]:
+    """What of `[train]` or `[ssl]` decides a result. Settings younger than some records count once they are used."""
+    unused = {k for k, v in _YOUNGER.items() if getattr(table, k, v) == v}
+    return table.model_dump(mode="json", exclude={"processes", *unused, *also})
 
 
-_YOUNGER = {"table_l2": 0.0, "evaluate_every": 1, "table_accumulator_decay": 1.0}
+_YOUNGER = {"table_l2": 0.0, "evaluate_every": 1, "table_accumulator_decay": 1.0, "masked": None, "hidden": ()}
 
 
 def rows_hash(*folders: Path) -> str:
@@ -110,7 +110,10 @@ def by_seed(file: Path, name: str) -> dict[int, dict[str, Any]]:
 
 
 def summary(file: Path, names: Iterable[str], figures: Sequence[str]) -> list[dict[str, Any]]:
-    """Per name: mean and standard deviation over the seeds of the newest configuration recorded for it."""
+    """Per name: mean and standard deviation over the seeds of the newest configuration recorded for it.
+
+    A figure that there was nothing for is nan.
+    """
     rows: list[dict[str, Any]] = []
     for name in names:
         mine = list(by_seed(file, name).values())
@@ -118,7 +121,7 @@ def summary(file: Path, names: Iterable[str], figures: Sequence[str]) -> list[di
             continue
         row: dict[str, Any] = {"name": name, "n": len(mine), "commits": sorted({r["commit"] for r in mine})}
         for figure in figures:
-            values = [r[figure] for r in mine]
+            values = [float("nan") if r[figure] is None else r[figure] for r in mine]
             row[figure] = statistics.mean(values)
             row[f"{figure}_sd"] = statistics.stdev(values) if len(values) > 1 else float("nan")
         rows.append(row)
@@ -126,9 +129,13 @@ def summary(file: Path, names: Iterable[str], figures: Sequence[str]) -> list[di
 
 
 def differences(file: Path, name: str, base: str, figures: Sequence[str]) -> list[list[float]]:
-    """Per figure, that of `name` less that of `base`, within each seed that both have."""
+    """Per figure, that of `name` less that of `base`, within each seed that both have, trained in the same way."""
     ours, theirs = by_seed(file, name), by_seed(file, base)
-    seeds = sorted(ours.keys() & theirs.keys())
+    seeds = [
+        seed
+        for seed in sorted(ours.keys() & theirs.keys())
+        if ours[seed]["config"].get("train") == theirs[seed]["config"].get("train")
+    ]
     return [[ours[seed][figure] - theirs[seed][figure] for seed in seeds] for figure in figures]
 
 

@@ -28,6 +28,7 @@ without do. Of Gowalla: implicit ALS .104 to .160 by both; BPR .094 to .102; two
 """
 
 import argparse
+import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -110,6 +111,16 @@ MOVIELENS_TRIED = (
         Kind(f"CFM, alpha {a:g}, its temperature {t:g}", {**_SSL, "masking": "cfm", "alpha": a, "temperature": t})
         for a, t in ((0.1, 0.1), (0.3, 0.1), (1.0, 0.1), (0.1, 0.3))
     ),
+    *(Kind(f"RFM, alpha {a:g}", {**_SSL, "masking": "rfm", "alpha": a}) for a in (0.1, 1.0)),
+    *(Kind(f"spread-out, alpha {a:g}", {**_SSL, "baseline": "spread_out", "alpha": a}) for a in (0.01, 0.1, 1.0)),
+    *(Kind(f"feature dropout {p:g}", {"baseline": "feature_dropout", "dropout": p}) for p in (0.1, 0.2, 0.4)),
+    *(
+        Kind(
+            f"{epochs} epochs, sums decayed to {decay:g}, table rate {rate:g}",
+            train={"table_accumulator_decay": decay, "epochs": epochs, "table_learning_rate": rate},
+        )
+        for decay, epochs, rate in ((1.0, 20, 0.2), (0.1, 12, 0.2), (0.3, 12, 0.3), (0.3, 16, 0.1))
+    ),
 )
 _PEER = {"factors": 64}
 MOVIELENS_PEERS = (
@@ -173,7 +184,7 @@ GOWALLA_PEERS = (
 )
 GOWALLA_PEERS_TRIED = (
     *_als({1.0: (1.0,), 10.0: (4.0, 16.0), 30.0: (16.0, 64.0), 100.0: (16.0, 32.0, 64.0, 128.0, 256.0)}),
-    *_bpr({(0.01, 1e-3): (100,), (0.01, 0.01): (100,), (0.05, 1e-3): (100,)}),
+    *_bpr({(0.01, 1e-4): (100, 300), (0.01, 1e-3): (100, 300), (0.01, 0.01): (100,), (0.05, 1e-3): (100,)}),
 )
 SYNTHETIC = Kind("", train={"batch_size": 1024, "epochs": 4, "patience": 2, "table_learning_rate": 0.2})
 SYNTHETIC_KINDS = (
@@ -187,8 +198,8 @@ _CATALOGUE = [
     *("shelf", "tags", "series", "seller", "pattern", "words", "delivery", "warranty"),
 ]
 """What is known of an item beside its id."""
+_NO_SIGHT = {"alpha": 0.3, "hidden": ["item_id"]}
 SYNTHETIC_TRIED = (
-    Kind("two-tower"),
     Kind("no id", model={"item": _CATALOGUE}),
     *(
         Kind(f"temperature {t:g}, table rate {rate:g}", model={"temperature": t}, train={"table_learning_rate": rate})
@@ -196,6 +207,12 @@ SYNTHETIC_TRIED = (
     ),
     Kind("a hidden layer of 128 each", model={"query_hidden": [128], "item_hidden": [128]}),
     *(Kind(f"CFM, alpha {a:g}", {"masking": "cfm", "alpha": a}) for a in (0.1, 0.3, 1.0)),
+    *(Kind(f"RFM, alpha {a:g}", {"masking": "rfm", "alpha": a}) for a in (0.1, 0.3, 1.0)),
+    *(
+        Kind(f"{how.upper()}, id hidden, {n or 'half'} masked", {**_NO_SIGHT, "masking": how, "masked": n})
+        for how, n in (("cfm", None), ("cfm", 3), ("rfm", None), ("rfm", 3))
+    ),
+    *(Kind(f"feature dropout {p:g}", {"baseline": "feature_dropout", "dropout": p}) for p in (0.2, 0.5)),
 )
 SERVED, SERVING = SYNTHETIC_KINDS[-1], "serving | a million items"
 FUNNEL = conversion.LOGS[1]
@@ -356,7 +373,7 @@ def _jobs_of(
 
 def identity(run: Run) -> dict[str, Any]:
     """What of a run decides a result."""
-    ssl = None if run.ssl is None else run.ssl.model_dump(mode="json")
+    ssl = None if run.ssl is None else records.settings_of(run.ssl)
     train = records.settings_of(run.train, "seed", "threads")
     return {"model": run.model.model_dump(mode="json"), "train": train, "ssl": ssl}
 
@@ -472,9 +489,15 @@ def _table(file: Path, part: str, names: Sequence[str], columns: Mapping[str, st
         return ""
     lines = [f"| {part} | {' | '.join(columns)} | seeds |", "|---" * (len(columns) + 2) + "|"]
     for row in rows:
-        cells = [f"{row[f]:.4f}" + (f" ± {row[f'{f}_sd']:.4f}" if row["n"] > 1 else "") for f in columns.values()]
+        cells = [_cell(row, figure) for figure in columns.values()]
         lines.append(f"| {row['name'].split(' | ')[1]} | {' | '.join(cells)} | {row['n']} |")
     return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any], figure: str) -> str:
+    if math.isnan(row[figure]):
+        return "–"
+    return f"{row[figure]:.4f}" + (f" ± {row[f'{figure}_sd']:.4f}" if row["n"] > 1 else "")
 
 
 def _gains(file: Path, part: str, kinds: Sequence[Kind], columns: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from datetime import date, timedelta
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import polars as pl
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -15,6 +15,7 @@ from features.columns import sql
 from features.transforms import xxhash64
 
 Role = Literal["train", "valid", "test"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 def _text(value: Any) -> Any:
@@ -38,7 +39,7 @@ class DaySplit(Config):
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
-        spans = [(role, days_of(text)) for role in ("train", "valid", "test") if (text := getattr(self, role))]
+        spans = [(role, days_of(text)) for role in ROLES if (text := getattr(self, role))]
         for (earlier, a), (later, b) in pairwise(spans):
             if a[-1] >= b[0]:
                 raise ValueError(f"{earlier} ends {a[-1]}, not before {later} begins, {b[0]}: the future would leak")

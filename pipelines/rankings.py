@@ -19,7 +19,7 @@ from pipelines.config import Retrieval, Run
 from pipelines.examples import ROW_GROUP, examples_about, good_rows, whole
 from recsys.bundle import Bundle
 from recsys.models.two_tower import TwoTowerConfig
-from recsys.retrieval import COUNT, ITEM, ITEMS, RELEVANT, SEEN, USER, USERS, Ranking
+from recsys.retrieval import COUNT, ITEM, ITEMS, RELEVANT, SEEN, USER, USERS, Ranking, require_items
 from recsys.towers import neutral
 
 KIND = "ranking"
@@ -51,6 +51,7 @@ def _published(run: Run, target: Path, towers: Towers, partitions: Sequence[str]
     about = _about(run, towers, _seen_before(run, partitions), partitions)
     if not about.items() <= read_manifest(folder).about.items():
         raise DataError(f"{target}: made by other features, settings or files; run `recsys prepare --overwrite`")
+    require_items(_settings(run).k, read_manifest(folder).about["items"])
     return Ranking(folder, towers.schema, _settings(run).cuts)
 
 
@@ -115,6 +116,7 @@ def _write(
     with explained(f"[retrieval], {name}"):
         corpus, users, lost = _question(run, [asked[target] for target in missing], seen_in, partitions)
         _require_somebody(users.height, name, may_be_empty=may_be_empty)
+        require_items(_settings(run).k, corpus.height)
         encoded = {target: _encoded(run, asked[target], corpus, users) for target in missing}
     if lost:
         say(f"{name}: set aside {lost:,} positive rows whose item is not in the corpus")

@@ -15,7 +15,7 @@ from base.errors import ArtefactError, ConfigError, DataError, did_you_mean
 from base.storage import is_published
 from features.columns import explained, kind_of, require
 from features.schema import carried
-from features.split import EachDay
+from features.split import ROLES, EachDay
 from pipelines.config import Retrieval, Run
 from pipelines.config import SecondStage as Ranking
 from pipelines.examples import good_rows
@@ -169,8 +169,8 @@ def _users_of(
 
 
 def _earlier(run: Run, partition: str) -> list[str]:
-    """The partitions whose positive rows a user has seen: those of training and validation before `partition`, or,
-    where days have no roles, all days of the log before it.
+    """The partitions whose positive rows a user has seen: those of training and validation, of a log split by day what
+    the split names before `partition`, or, where days have no roles, all days of the log before it.
     """
     days = run.recommend.seen_days
     if not run.data.split.by_day:
@@ -185,7 +185,7 @@ def _earlier(run: Run, partition: str) -> list[str]:
     if isinstance(run.data.split, EachDay):
         return run.source.days_before(day, days)
     first = "" if days is None else f"day={day - timedelta(days=days)}"
-    return [p for role in ("train", "valid") for p in run.source.partitions(role) if first <= p < partition]
+    return [p for role in ROLES for p in run.source.partitions(role) if first <= p < partition]
 
 
 def _seen_by(run: Run, known: Mapping[str, pl.Series], partitions: Sequence[str]) -> Pairs:
@@ -195,7 +195,7 @@ def _seen_by(run: Run, known: Mapping[str, pl.Series], partitions: Sequence[str]
     """
     users, items = known.values()
     user, item = users.name, items.name
-    keys_X: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+    parts: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
     for partition in partitions:
         with explained(f"{run.data.path}, {partition}"):
             rows = good_rows(run, partition)
@@ -211,7 +211,9 @@ def _seen_by(run: Run, known: Mapping[str, pl.Series], partitions: Sequence[str]
             positive = rows.filter(pl.col(carried(run.labels[0])) == 1).select(user, item)
             pairs = positive.join(who, on=user).join(what, on=item).select(_USER, _ROW).unique()
             found = pairs.collect(engine="streaming")
-        fresh_X = found[_USER].to_numpy().astype(np.int64) * len(items) + found[_ROW].to_numpy()
-        keys_X = np.union1d(keys_X, fresh_X)
+        parts.append(found[_USER].to_numpy().astype(np.int64) * len(items) + found[_ROW].to_numpy())
+        if sum(map(len, parts[1:])) > len(parts[0]):  # seldom enough that many days are sorted few times
+            parts = [np.unique(np.concatenate(parts))]
+    keys_X = np.unique(np.concatenate(parts))
     bounds = np.searchsorted(keys_X, np.arange(len(users) + 1) * len(items))
     return Pairs(bounds, (keys_X % len(items)).astype(np.int32))

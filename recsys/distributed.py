@@ -31,6 +31,7 @@ from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from base.errors import ConfigError, SetupError
+from features.transforms import UNKNOWN
 from recsys.batch import part_of
 from recsys.embeddings import Embeddings, reset_table
 from recsys.sparsity.tables import SparseTables
@@ -91,6 +92,14 @@ class Sharded:
         for group in groups:
             group["lr"] = value
         optimizer.step()  # the fused kernel reads the rate here; gradients are applied in backward
+
+    def silence_unknown(self) -> None:
+        """Set the rows of unknown ids to 0: one that training never meets then says nothing, rather than anything."""
+        with torch.no_grad():
+            for table in self.tables.values():
+                table.weights_RD[UNKNOWN] = 0
+            for tables in self.sparse.values():
+                tables.silence(torch.tensor(tables.starts) + UNKNOWN)
 
     def decay_tables(self, strength: float) -> None:
         """Take the steps that L2 alone would make: w <- w exp(-strength / √G), G being Adagrad's sum of the row.

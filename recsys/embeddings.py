@@ -97,13 +97,11 @@ class Embeddings(nn.Module):
         """embedding_BCFD: one per copy."""
         pooled = self.tables(batch.sparse)
         pooled_BSD = pooled if isinstance(pooled, Tensor) else in_order(pooled, self.names, self.dim)
-        pooled_BCSD = pooled_BSD.unflatten(1, (self.copies, -1))
-        # Nothing to add. In training, DistributedDataParallel, which is around dense tables, wants all parameters used.
-        if not batch.dense_BN.shape[1] and (isinstance(pooled, Tensor) or not torch.is_grad_enabled()):
-            return pooled_BCSD
-        vectors_CND = self.numeric_ND.view(self.copies, batch.dense_BN.shape[1], self.dim)
-        numbers_BCND = batch.dense_BN[:, None, :, None] * vectors_CND
-        e_BCFD = torch.cat([pooled_BCSD, numbers_BCND], dim=2)
+        e_BCFD = pooled_BSD.unflatten(1, (self.copies, -1))
+        # In training, DistributedDataParallel, which is around dense tables, wants all parameters used.
+        if batch.dense_BN.shape[1] or (torch.is_grad_enabled() and not isinstance(pooled, Tensor)):
+            vectors_CND = self.numeric_ND.view(self.copies, batch.dense_BN.shape[1], self.dim)
+            e_BCFD = torch.cat([e_BCFD, batch.dense_BN[:, None, :, None] * vectors_CND], dim=2)
         if self.dropped is None or not self.training:
             return e_BCFD
         places, probability = self.dropped

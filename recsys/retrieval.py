@@ -8,7 +8,7 @@ Coverage is the share of the items that are among the first K of anybody. A slic
 alone as relevant, in the same ranking of all.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -131,6 +131,12 @@ Forward = Callable[[ExampleStream], Iterable[Tensor]]
 """logits_BL of each batch of a stream, in order."""
 
 
+def require_items(k: Sequence[int], items: int) -> None:
+    """Raises ConfigError where more items are to be shown than there are."""
+    if max(k) > items:
+        raise ConfigError(f"retrieval.k = {list(k)}: the corpus has {items} items; ask for fewer")
+
+
 @dataclass(frozen=True)
 class Ranked:
     """What full ranking finds."""
@@ -227,8 +233,7 @@ def measure_scores(
     Columns beyond the items are padding.
     """
     items, deepest = len(slices_I), max(k)
-    if deepest > items:
-        raise ConfigError(f"retrieval.k = {list(k)}: the corpus has {items} items; ask for fewer")
+    require_items(k, items)
     tallies = {name: _Tally(k, items) for name in (SLICES[:1] if brief else SLICES)}
     start = 0
     for scores in chunks:

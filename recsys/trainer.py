@@ -219,6 +219,8 @@ def learn(
     if at is None or at.run != run:
         if warm is None:
             reset_tables(sharded, config.seed, config.table_accumulator, counts)
+            if isinstance(model, TwoTower):
+                sharded.silence_unknown()  # new items are in every ranking, and a random vector would be in theirs
         else:
             checkpoint.start_from(warm, sharded, optimizer, seed=config.seed, accumulator=config.table_accumulator)
         at = Position(run=run, sparsity=sparsity)

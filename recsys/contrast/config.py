@@ -1,5 +1,6 @@
 """`[ssl]`: how views of an item are made, and how much telling items apart counts beside the main task."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -7,7 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from base.config import Config
 from base.errors import ConfigError
 
-_OF_VIEWS = ("masking", "value_dropout", "embedding_masking")
+_OF_VIEWS = ("masking", "masked", "hidden", "value_dropout", "embedding_masking")
 
 
 class SelfSupervision(Config):
@@ -24,6 +25,11 @@ class SelfSupervision(Config):
     masking: Literal["cfm", "rfm", "none"] = "cfm"
     """Which features a view does not see; the other view sees these alone. `cfm`: one drawn anew for each batch, and
     those that tell most about it (mutual information over the corpus); `rfm`: as many, any of them."""
+    masked: PositiveInt | None = None
+    """How many features are masked beside the one drawn; by default half of those that are not hidden (paper, 4.2)."""
+    hidden: tuple[str, ...] = ()
+    """Features that neither view sees. An id tells most about all others, so that `cfm` masks it, and what is nearest
+    to it, in nearly every batch; hidden, it leaves the views to what a new item has as well."""
     value_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the single values of multi-valued features that a view leaves out."""
     embedding_masking: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -46,12 +52,16 @@ class SelfSupervision(Config):
 
     @property
     def masks(self) -> bool:
-        """Whether views lack features."""
+        """Whether features are shared out between the views."""
         return self.baseline is None and self.masking != "none"
 
     @property
     def drops_values(self) -> bool:
         return self.baseline is None and self.value_dropout > 0
+
+    def shown(self, item: Sequence[str]) -> list[str]:
+        """Those of the item's features that a view may see."""
+        return [name for name in item if name not in self.hidden]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -65,4 +75,6 @@ class SelfSupervision(Config):
                 'ssl.masking = "none" without value_dropout and embedding_masking: both views would be the item as it '
                 'is; choose one of them, or say baseline = "spread_out"'
             )
+        if self.masked is not None and not self.masks:
+            raise ConfigError(f'ssl.masked = {self.masked}: masking = "none" masks nothing; leave one of them out')
         return self

@@ -10,16 +10,18 @@ from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
 from base.errors import ConfigError, DataError, did_you_mean
-from features.schema import Dense, Schema, Sparse
+from features.schema import Dense, Schema, Sparse, carried
 from recsys.batch import Batch
 from recsys.contrast.config import SelfSupervision
 from recsys.contrast.information import mutual_information
 from recsys.data import ExampleStream, to_columns
 
-# Shape suffixes: I = items of the corpus, N = items of a batch, R = N or 2 N rows, S = features of the item, V = ids.
+# Shape suffixes: I = items of the corpus, N = items of a batch, R = N or 2 N rows, S = features of the item, T = those
+# that views may see, V = ids.
 
 _STREAM = 0x55
 """Keeps these draws apart from others with the same seed."""
+_ROW = carried("row")
 
 
 @dataclass
@@ -30,11 +32,11 @@ class ItemBatch:
     """All items; if values are dropped in a feature that both views see, all of them twice, the first views first."""
     ids_N: Tensor
     """Items with the same number are no negatives of each other."""
-    masked_S: Tensor
-    """bool: the features that the first view does not see; the second sees these alone. All False without masking."""
+    masked_2S: Tensor
+    """bool: by view, the features that it does not see."""
 
     def to(self, device: torch.device) -> "ItemBatch":
-        return ItemBatch(self.rows.to(device), self.ids_N.to(device), self.masked_S.to(device))
+        return ItemBatch(self.rows.to(device), self.ids_N.to(device), self.masked_2S.to(device))
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,20 @@ class Items:
         )
         self.columns = to_columns(frame, own, labels=False)
         self.size = min(corpus.config.batch_size or batch_size, len(self))
+        self.hidden_S = np.array([f.name in self.config.hidden for f in self.fields])
+        shown = self.config.shown(corpus.item)
         self.equal_I: Tensor | None = None
-        """By item, the first with the same features; where these are to be no negatives."""
+        """By item, the first that looks the same; where these are to be no negatives."""
         if self.config.eliminate_false_negatives:
-            equal_I = frame.with_row_index("row").select(pl.col("row").first().over(corpus.item))["row"]
+            row = pl.col(_ROW).first().over(shown)
+            equal_I = frame.with_row_index(_ROW).select(row)[_ROW]
             self.equal_I = torch.from_numpy(equal_I.cast(pl.Int64).to_numpy(writable=True))
-        self.related_SS: NDArray[np.int64] | None = None
-        """By feature the others, those that tell most about it first; ties by their order."""
+        self.related_TT: NDArray[np.int64] | None = None
+        """By feature that is shown the others, those that tell most about it first; ties by their order."""
         if self.config.masks and self.config.masking == "cfm":
-            order_SS = np.argsort(-mutual_information(frame, self.fields), axis=1, kind="stable")
-            self.related_SS = np.stack([row[row != own] for own, row in enumerate(order_SS)])
+            information_TT = mutual_information(frame, [f for f in self.fields if f.name in shown])
+            order_TT = np.argsort(-information_TT, axis=1, kind="stable")
+            self.related_TT = np.stack([row[row != own] for own, row in enumerate(order_TT)])
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -97,23 +103,25 @@ class Items:
         """Different items, each of the corpus as likely as any other."""
         rng = np.random.default_rng((self.seed, step, _STREAM))
         rows_N = torch.from_numpy(rng.choice(len(self), self.size, replace=False))
-        masked_S = torch.from_numpy(self.mask(rng))
+        first_S = self.mask(rng)
+        masked_2S = torch.from_numpy(np.stack([first_S, ~first_S if self.config.masks else first_S]) | self.hidden_S)
         ids_N = rows_N if self.equal_I is None else self.equal_I[rows_N]
         twice = self.config.drops_values and not self.config.masks
-        return ItemBatch(self._examples(torch.cat([rows_N, rows_N]) if twice else rows_N, rng), ids_N, masked_S)
+        return ItemBatch(self._examples(torch.cat([rows_N, rows_N]) if twice else rows_N, rng), ids_N, masked_2S)
 
     def mask(self, rng: np.random.Generator) -> NDArray[np.bool_]:
-        """masked_S: 1 + floor(S / 2) features, but never all, so that the other view sees something."""
-        width = len(self.fields)
-        masked_S = np.zeros(width, dtype=np.bool_)
+        """first_S: a feature and floor(T / 2) more, or `masked`, of those shown; never all."""
+        first_S = np.zeros(len(self.fields), dtype=np.bool_)
         if self.config.masks:
-            number = min(1 + width // 2, width - 1)
-            if self.related_SS is not None:
+            shown_T = np.flatnonzero(~self.hidden_S)
+            width = len(shown_T)
+            number = min(1 + (width // 2 if self.config.masked is None else self.config.masked), width - 1)
+            if self.related_TT is not None:
                 seed = int(rng.integers(width))
-                masked_S[[seed, *self.related_SS[seed, : number - 1]]] = True
+                first_S[shown_T[[seed, *self.related_TT[seed, : number - 1]]]] = True
             else:
-                masked_S[rng.permutation(width)[:number]] = True
-        return masked_S
+                first_S[shown_T[rng.permutation(width)[:number]]] = True
+        return first_S
 
     def _examples(self, rows_R: Tensor, rng: np.random.Generator) -> Batch:
         """Examples of the whole schema, in which what is not of the item is empty or 0."""
@@ -164,9 +172,20 @@ def require_item(config: SelfSupervision, item: tuple[str, ...], known: tuple[st
             raise ConfigError(f"ssl.item: {name!r} is no feature{hint}")
     if len(set(item)) < len(item):
         raise ConfigError(f"ssl.item = {list(item)}: name each feature once")
-    if config.masks and len(item) == 1:
-        (name,) = item
+    for name in config.hidden:
+        if name not in item:
+            hint = did_you_mean(name, item, f"; they are {', '.join(item)}")
+            raise ConfigError(f"ssl.hidden: {name!r} is no feature of the item{hint}")
+    shown = config.shown(item)
+    if not shown:
+        raise ConfigError(f"ssl.hidden = {list(config.hidden)}: the views see nothing of the item; leave a feature out")
+    if config.masks and len(shown) == 1:
         raise ConfigError(
-            f'ssl.masking = "{config.masking}" shares features out between two views, and the item has one alone, '
-            f'{name!r}; use masking = "none" with embedding_masking, or a baseline'
+            f'ssl.masking = "{config.masking}" shares features out between two views, which see one alone of the item, '
+            f'{shown[0]!r}; use masking = "none" with embedding_masking, or a baseline'
+        )
+    if config.masked is not None and config.masked > len(shown) - 2:
+        raise ConfigError(
+            f"ssl.masked = {config.masked}: of the {len(shown)} features that views may see, one is drawn and one left "
+            f"to the other view; {f'use {len(shown) - 2} at most' if len(shown) > 2 else 'leave it out'}"
         )

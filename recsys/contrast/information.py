@@ -25,6 +25,8 @@ def mutual_information(frame: pl.DataFrame, fields: Sequence[Sparse | Dense]) ->
     if both fields have many); 0 where no item has a value.
     """
     found_SS = np.zeros((len(fields), len(fields)))
+    frame = frame.select(pl.col(f.name).alias(str(i)) for i, f in enumerate(fields))
+    fields = [f.model_copy(update={"name": str(i)}) for i, f in enumerate(fields)]  # unlike any column of counts
     values = frame.select(_discrete(f, frame.height) for f in fields)
     counts = {f.name: _one_each(values.select(f.name)).group_by(f.name).len() for f in fields}
     for (i, a), (j, b) in combinations(enumerate(fields), 2):

@@ -34,7 +34,7 @@ class SelfTask(nn.Module):
         embed = model.embed
         shape_CSD = (embed.copies, len(self.places), embed.dim)
         self.default_CSD: nn.Parameter | None = None
-        if corpus.config.masks:
+        if corpus.config.masks or corpus.config.hidden:
             self.default_CSD = nn.Parameter(torch.randn(shape_CSD) * embed.init_std)
         self.projection: MLP | None = None
         if not isinstance(model, TwoTower):
@@ -56,8 +56,8 @@ class SelfTask(nn.Module):
         if self.config.baseline == "spread_out":
             z_NZ = self._vectors(model, one_NCSD)
             return z_NZ, z_NZ
-        masked_S = batch.masked_S
-        return self._view(model, one_NCSD, masked_S), self._view(model, other_NCSD, ~masked_S)
+        first_S, second_S = batch.masked_2S
+        return self._view(model, one_NCSD, first_S), self._view(model, other_NCSD, second_S)
 
     def _view(self, model: Model, e_NCSD: Tensor, masked_S: Tensor) -> Tensor:
         if self.default_CSD is not None:

@@ -21,6 +21,9 @@ from recsys.losses import in_batch_softmax
 
 _PART = 4096
 """An item's id travels as two floats, its quotient and rest by this, which are exact up to 2^36."""
+_SHORT = 0.02
+"""Vectors shorter than this are divided by it, not by their length, whose gradient has no bound at 0: an unknown id
+begins there, and a first step of any size would fill Adagrad's sum for good."""
 
 
 class TwoTowerConfig(Config):
@@ -112,7 +115,7 @@ class TwoTower(nn.Module):
 
 
 class _Tower(nn.Module):
-    """One side's fields to its vector; of length 1 where the similarity is a cosine."""
+    """One side's fields to its vector; where the similarity is a cosine of length 1, unless it says next to nothing."""
 
     def __init__(self, config: TwoTowerConfig, hidden: Sequence[int], places: list[int]) -> None:
         super().__init__()
@@ -126,7 +129,7 @@ class _Tower(nn.Module):
     def vectors(self, e_BSD: Tensor) -> Tensor:
         """vectors_BD from the side's own fields."""
         x_BD = e_BSD.sum(1) if self.mlp is None else self.mlp(e_BSD.flatten(1))
-        return functional.normalize(x_BD, dim=1) if self.cosine else x_BD
+        return functional.normalize(x_BD, dim=1, eps=_SHORT) if self.cosine else x_BD
 
 
 def _require_sides(config: TwoTowerConfig, schema: Schema) -> None:

@@ -516,6 +516,11 @@ class SparseTables(nn.Module):
             yield group, place_N.index_select(0, mine_N).long().sub_(start), mine_N
             start, before_N = end, until_N
 
+    def silence(self, row_N: Tensor) -> None:
+        """Set rows' weights to 0; they stay where they are."""
+        for group, index_N, _ in self.by_group(row_N):
+            group.values_NS[index_N.to(group.values_NS.device)] = 0
+
     # Rows that are new
 
     def _fill(self, sizes_R: Tensor, seed: int, device: torch.device) -> None:

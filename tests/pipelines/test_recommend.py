@@ -387,6 +387,16 @@ def test_where_days_have_no_roles_all_earlier_ones_have_been_seen(days: Run) -> 
     assert index_about["queries"] == raw.filter(day=1)["user"].n_unique()  # of the last day that the bundle has seen
 
 
+def test_of_days_with_roles_those_before_have_been_seen(days: Run) -> None:
+    """Test days as well: what was liked yesterday is not recommended today."""
+    split = {"train": "2026-03-01", "valid": "2026-03-02", "test": "2026-03-03..2026-03-04"}
+    data = {**days.data.model_dump(mode="json"), "split": split}
+    for day, seen_in in ((4, [1, 2, 3]), (3, [1, 2]), (2, [1])):
+        run = elsewhere(days, f"roles-{day}", data=data)
+        _, about, _ = recommended(run, str(days.bundle_path), partition=f"day=2026-03-0{day}")
+        assert about["seen_in"] == [f"day=2026-03-0{d}" for d in seen_in]
+
+
 def test_seen_days_limit_what_counts_as_seen(days: Run) -> None:
     run = elsewhere(days, "two-days", recommend={"k": K, "seen_days": 2})
     table, about, _ = recommended(run, str(days.bundle_path), partition="day=2026-03-04")

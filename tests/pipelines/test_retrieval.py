@@ -287,6 +287,14 @@ def test_more_than_the_corpus_holds_is_refused(folder: Path, trained: Run) -> No
         rank_with(bundle, replace(ranking, cuts=ranking.cuts.model_copy(update={"k": (61,)})))
 
 
+@pytest.mark.parametrize("prepared", [True, False])
+def test_more_than_the_corpus_holds_is_refused_before_a_step(folder: Path, trained: Run, *, prepared: bool) -> None:
+    retrieval = {**trained.model_dump(mode="json")["retrieval"], "k": [61]}
+    run = run_of(folder, trained.output.name if prepared else "deep", retrieval=retrieval)
+    with pytest.raises(ConfigError, match=r"retrieval\.k = \[61\]: the corpus has 60 items"):
+        train(run, say=quiet) if prepared else prepare(run, say=quiet)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

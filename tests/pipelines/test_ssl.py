@@ -117,7 +117,7 @@ PLAIN: dict[str, Any] = {"retrieval": None, "train__monitor": "log_loss"}
     [
         ({"ssl": {}, "train__processes": 2}, r"train.processes = 2: the task of \[ssl\] is trained by one process"),
         ({"ssl": {"item": ["item"]}}, "ssl.item: what the item of a two-tower model is, model.item says; leave it out"),
-        ({"ssl": {}, "model__item": ["item"]}, "the item has one alone, 'item'"),
+        ({"ssl": {}, "model__item": ["item"]}, "see one alone of the item, 'item'"),
         ({"ssl": {}, "model": AUTOINT, **PLAIN}, r"\[ssl\] needs item = "),
         (
             {"ssl": {"item": ["item", "genre"]}, "model": AUTOINT, **PLAIN},

@@ -146,14 +146,14 @@ def test_correlated_masks_are_a_seed_and_what_tells_most_about_it(tmp_path: Path
         frozenset({seed, *sorted((i for i in range(5) if i != seed), key=lambda i: -information[seed, i])[: 5 // 2]})
         for seed in range(5)
     }
-    found = Counter(frozenset(np.flatnonzero(items.batch(step).masked_S.numpy()).tolist()) for step in range(400))
+    found = Counter(frozenset(np.flatnonzero(items.batch(step).masked_2S[0].numpy()).tolist()) for step in range(400))
     assert found.keys() == allowed
     assert len(allowed) > 2
 
 
 def test_random_masks_are_as_large_and_any(tmp_path: Path) -> None:
     items = items_of(tmp_path, item_frame(60), masking="rfm")
-    found = Counter(tuple(items.batch(step).masked_S.tolist()) for step in range(400))
+    found = Counter(tuple(items.batch(step).masked_2S[0].tolist()) for step in range(400))
     assert {sum(mask) for mask in found} == {1 + 4 // 2}
     assert len(found) == 4
     assert min(found.values()) > 70
@@ -163,7 +163,59 @@ def test_random_masks_are_as_large_and_any(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("width", "masked"), [(2, 1), (3, 2), (4, 3)])
 def test_neither_view_is_without_any_feature(width: int, masked: int, masking: str, tmp_path: Path) -> None:
     items = items_of(tmp_path, item_frame(60), item=ITEM[:width], masking=masking)
-    assert {int(items.batch(step).masked_S.sum()) for step in range(50)} == {masked}
+    for step in range(50):
+        first, second = items.batch(step).masked_2S
+        assert int(first.sum()) == masked
+        assert second.equal(~first)
+
+
+@pytest.mark.parametrize("masking", ["cfm", "rfm"])
+@pytest.mark.parametrize(("masked", "expected"), [(None, 3), (1, 2), (2, 3)])
+def test_hidden_features_are_in_neither_view_and_lead_to_no_other(
+    masked: int | None, expected: int, masking: str, tmp_path: Path
+) -> None:
+    """So many are masked beside the one drawn, or half of what views may see."""
+    frame, fields = item_frame(300), ("brand", "id", "price", "tags", "kind")
+    items = items_of(tmp_path, frame, item=fields, masking=masking, hidden=["id"], masked=masked)
+    information = mutual_information(frame, [f for f in items.fields if f.name != "id"])
+    found: set[frozenset[int]] = set()
+    for step in range(200):
+        first, second = (np.flatnonzero(x).tolist() for x in items.batch(step).masked_2S)
+        assert set(first) & set(second) == {1}
+        assert len(first) == expected + 1
+        assert len(first) + len(second) == len(fields) + 1
+        found.add(frozenset(i - (i > 1) for i in first if i != 1))
+    if masking == "cfm":
+        others = {seed: sorted(set(range(4)) - {seed}, key=lambda i: -information[seed, i]) for seed in range(4)}
+        assert found == {frozenset([seed, *others[seed][: expected - 1]]) for seed in range(4)}
+    else:
+        assert len(found) == (6 if expected == 2 else 4)
+
+
+def test_items_that_differ_in_what_is_hidden_alone_are_no_negatives_of_each_other(tmp_path: Path) -> None:
+    frame = pl.concat([item_frame(3), item_frame(3).with_columns(id=pl.lit(9, pl.Int32))])
+    for hidden, expected in ((["id"], 3), ([], 6)):
+        settings = {"item": ("id", *ITEM), "eliminate_false_negatives": True, "hidden": hidden}
+        assert len(items_of(tmp_path, frame, **settings).batch(0).ids_N.unique()) == expected
+
+
+@pytest.mark.parametrize("hidden", [[], ["row"]])
+def test_features_may_be_called_anything(hidden: list[str], tmp_path: Path) -> None:
+    """As our own columns of counts are."""
+    names = {"brand": "a", "kind": "b", "tags": "both", "price": "len", "id": "row"}
+    named = {"dense": SCHEMA.dense, "sparse": SCHEMA.sparse}
+    fields = {n: tuple(f.model_copy(update={"name": names.get(f.name, f.name)}) for f in fs) for n, fs in named.items()}
+    schema, frame = SCHEMA.model_copy(update=fields), item_frame(60)
+    settings: dict[str, Any] = {"eliminate_false_negatives": True, "hidden": hidden}
+    known = {new: old for old, new in names.items()}
+    plain = items_of(tmp_path / "plain", frame, item=names, **{**settings, "hidden": [known[n] for n in hidden]})
+    stream = written(tmp_path, frame.rename(names), "items.parquet", schema)
+    corpus = Corpus(parse_config(SelfSupervision, settings, source="test"), stream, (*names.values(),), distinct=False)
+    items = Items(corpus, schema, 64, 5)
+    for step in range(4):
+        one, other = items.batch(step), plain.batch(step)
+        assert one.masked_2S.equal(other.masked_2S)
+        assert one.ids_N.equal(other.ids_N)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -226,7 +278,7 @@ def test_without_masking_each_view_drops_values_of_its_own(tmp_path: Path) -> No
     brand, bags = batch.rows.sparse["brand"].values(), batch.rows.sparse["tags"].to_dense()
     assert brand[:200].equal(brand[200:])
     assert any(not a.equal(b) for a, b in zip(bags[:200], bags[200:], strict=True))
-    assert not batch.masked_S.any()
+    assert not batch.masked_2S.any()
 
 
 def test_a_logs_corpus_is_its_distinct_items(tmp_path: Path) -> None:
@@ -285,12 +337,22 @@ def test_the_views_see_complementary_features_and_the_loss_is_equation_3(masking
         batch = task.items.batch(step)
         whole = model.embedded(batch.rows)[:, [model.fields.index(n) for n in ITEM]]
         assert task.default_CSD is not None
-        for i, masked in enumerate(batch.masked_S.tolist()):
+        for i, masked in enumerate(batch.masked_2S[0].tolist()):
             hidden, shown = (first, second) if masked else (second, first)
             assert hidden[:, i].equal(task.default_CSD[0, i].expand(24, -1))
             assert shown[:, i].equal(whole[:, i])
         z, other = (x.sum(1).double().numpy() for x in (first, second))
         assert loss.item() == pytest.approx(by_numpy(z, other, list(range(24)), 0.2), rel=1e-5)
+
+
+@pytest.mark.parametrize("masking", ["cfm", "none"])
+def test_a_hidden_feature_is_shown_to_neither_tower(masking: str, tmp_path: Path) -> None:
+    task, model, tower = task_of(tmp_path, item_frame(60), masking=masking, hidden=["brand"])
+    task.loss(model, 0, CPU).backward()
+    assert task.default_CSD is not None
+    for seen in tower.seen:
+        assert seen[:, 0].equal(task.default_CSD[0, 0].expand(24, -1))
+        assert not seen[:, 1:].equal(task.default_CSD[0, 1:].expand(24, -1, -1))
 
 
 def test_numbers_of_embeddings_are_masked_for_each_item_and_view(tmp_path: Path) -> None:
@@ -460,7 +522,7 @@ def test_killed_it_goes_on_bit_for_bit_and_the_bundle_is_as_without(
 @pytest.mark.parametrize("variant", ["cfm", "none", "spread_out"])
 @pytest.mark.parametrize("name", CASES)
 def test_items_are_told_apart_ever_better(name: str, variant: str, tmp_path: Path) -> None:
-    config = FAST.model_copy(update={"epochs": 6})
+    config = FAST.model_copy(update={"epochs": 8})
     trained, _ = run(name, tmp_path, {**VARIANTS[variant], "alpha": 3.0}, config=config)
     first, *_, last = (entry["self_loss"] for entry in trained.history)
     assert last < 0.95 * first
@@ -525,12 +587,18 @@ def test_rows_that_the_log_never_shows_learn_from_the_corpus(tmp_path: Path) -> 
     assert (trained.weights[users] - without.weights[users]).abs().max() > 0  # by what they are compared with
 
 
-def test_feature_dropout_drops_item_features_of_training_rows_alone(tmp_path: Path) -> None:
-    model = build_model(AUTOINT, SCHEMA)
-    corpus = corpus_of(tmp_path, item_frame(60), baseline="feature_dropout", dropout=0.3)
-    drop_features(corpus, model, SCHEMA)
-    batch = next(written(tmp_path, log(2000, SCHEMA), "log.parquet").epoch(0))
-    fields = [f.name for f in (*SCHEMA.sparse, *SCHEMA.dense)]
+@pytest.mark.parametrize("numbers", [True, False])
+@pytest.mark.parametrize("sparsity", [None, Sparsity(density=0.5, schedule=Schedule(interval=1))])
+def test_feature_dropout_drops_item_features_of_training_rows_alone(
+    sparsity: Sparsity | None, numbers: bool, tmp_path: Path
+) -> None:
+    schema = SCHEMA if numbers else SCHEMA.model_copy(update={"dense": ()})
+    model = build_model(AUTOINT, schema, sparsity=sparsity)
+    fields = [f.name for f in (*schema.sparse, *schema.dense)]
+    item = [name for name in ITEM if name in fields]
+    corpus = corpus_of(tmp_path, item_frame(60), item, baseline="feature_dropout", dropout=0.3)
+    drop_features(corpus, model, schema)
+    batch = next(written(tmp_path, log(2000, schema), "log.parquet", schema).epoch(0))
     model.eval()
     whole = model.embed.separate(batch)
     model.train()
@@ -542,7 +610,7 @@ def test_feature_dropout_drops_item_features_of_training_rows_alone(tmp_path: Pa
         assert (kept | (found[:, 0, i] == 0).all(1)).all()
         dropped = 1 - kept[there.any(1)].float().mean().item()
         assert dropped == pytest.approx(0.3 if name in ITEM else 0.0, abs=0.04)
-    drop_features(corpus_of(tmp_path, item_frame(60)), model, SCHEMA)
+    drop_features(corpus_of(tmp_path, item_frame(60), item), model, schema)
     assert model.embed.separate(batch).equal(whole)
 
 
@@ -573,11 +641,17 @@ def test_another_task_is_another_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "item", "message"),
     [
-        ({}, ("brand",), 'ssl.masking = "cfm" shares features out .* one alone, \'brand\'; use masking = "none"'),
+        ({}, ("brand",), 'ssl.masking = "cfm" .* see one alone of the item, \'brand\'; use masking = "none"'),
         ({"masking": "rfm"}, ("brand",), 'ssl.masking = "rfm" shares features out'),
         ({}, ("brand", "prize"), "ssl.item: 'prize' is no feature; did you mean 'price'"),
         ({"baseline": "feature_dropout"}, ("nothing",), "'nothing' is no feature; the features are user, id, tags"),
         ({}, ("brand", "kind", "brand"), "name each feature once"),
+        ({"hidden": ["idd"]}, ("id", "brand", "kind"), "'idd' is no feature of the item; did you mean 'id'"),
+        ({"hidden": ["price"]}, ("id", "brand"), "'price' is no feature of the item; they are id, brand"),
+        ({"hidden": ["id"]}, ("id", "brand"), "which see one alone of the item, 'brand'"),
+        ({"hidden": ["id"], "masking": "none"}, ("id",), "the views see nothing of the item"),
+        ({"masked": 2}, ("id", "brand", "kind"), "ssl.masked = 2: of the 3 features .* use 1 at most"),
+        ({"masked": 1, "hidden": ["id"]}, ("id", "brand", "kind"), "of the 2 features .* leave it out"),
     ],
 )
 def test_items_that_cannot_be_meant_are_refused(
@@ -591,7 +665,7 @@ def test_items_that_cannot_be_meant_are_refused(
 
 def test_one_feature_is_enough_without_masking(tmp_path: Path) -> None:
     items = items_of(tmp_path, item_frame(60), item=("brand",), masking="none", embedding_masking=0.2)
-    assert not items.batch(0).masked_S.any()
+    assert not items.batch(0).masked_2S.any()
 
 
 @pytest.mark.parametrize(
@@ -604,6 +678,8 @@ def test_one_feature_is_enough_without_masking(tmp_path: Path) -> None:
         ({"temperature": -1}, "temperature = -1: Input should be greater than 0"),
         ({"value_dropout": 1.0}, "value_dropout = 1.0: Input should be less than 1"),
         ({"item": []}, "item = "),
+        ({"masking": "none", "masked": 2}, 'ssl.masked = 2: masking = "none" masks nothing'),
+        ({"baseline": "spread_out", "hidden": ["id"]}, "leave ssl.hidden or it out"),
         ({"mask": "cfm"}, "unknown key mask"),
     ],
 )

@@ -1365,6 +1365,26 @@ def test_each_vector_is_of_its_side(name: str, examples: Any) -> None:
     assert model.outputs == (Output(name="similarity", label="click"),)
 
 
+def test_unknown_rows_of_a_lone_id_go_on_learning(examples: Any) -> None:
+    """At 0, where a length has no slope: a first step without bound would fill Adagrad's sum, and be the last."""
+    config = TwoTowerConfig(query=("shape",), item=("word",), dim=8, log_q=False)
+    schema = examples.schema().model_copy(update={"item": "word"})
+    frame = examples.frame(schema, 60).with_columns(shape=pl.lit(0, pl.Int32), click=1.0)
+    batch, other = (examples.batch(schema, part) for part in (frame[:30], frame[30:]))
+    model, sharded = trainable(config, schema)
+    sharded.silence_unknown()
+    assert isinstance(model, TwoTower)
+    assert not model.queries(logits(sharded.module, batch)).any()
+    row_D = sharded.tables["shape"].weights_RD[0]
+    for _ in range(30):
+        step(model, sharded, batch)
+    before_D = row_D.clone()
+    for _ in range(30):
+        step(model, sharded, other)
+    assert (row_D - before_D).norm() > 0.1 * before_D.norm()
+    assert model.queries(logits(sharded.module, batch)).norm(dim=1).allclose(torch.ones(30))
+
+
 def test_popular_items_are_corrected_for_by_their_counts(examples: Any) -> None:
     config = RETRIEVAL["two-tower"].model_copy(update={"log_q": True})
     model, _, _, batch = towers_of(config, examples, 60)

@@ -436,6 +436,21 @@ def test_inconsistent_tables_are_refused_by_name(data: Any, tmp_path: Path) -> N
     go_on(tmp_path / "state", sparsity)
 
 
+@EVERY
+def test_rows_of_unknown_ids_can_be_silenced(kind: str) -> None:
+    """Whatever the rows' sizes are; all others are something."""
+    model = build_model(MODEL, SCHEMA, table_device="meta", sparsity=KINDS[kind])
+    sharded = shard(model, CPU, {"lr": 0.1, "eps": 1e-8}, batch_size=100)
+    counts = {f.name: torch.arange(f.rows).flip(0) for f in SCHEMA.sparse}
+    reset_tables(sharded, 0, counts=counts)
+    sharded.silence_unknown()
+    (tables,) = sharded.sparse.values()
+    for table, start in zip(tables.tables, tables.starts, strict=True):
+        e_RD = expanded.weights(tables)[table.name]
+        assert not e_RD[0].any()
+        assert (e_RD[1:].any(1) | (tables.sizes_R[start + 1 : start + table.rows] == 0)).all()
+
+
 def start_again(folder: Path, sparsity: Sparsity) -> None:
     model = build_model(MODEL, SCHEMA, table_device="meta", sparsity=sparsity)
     sharded = shard(model, CPU, {"lr": 0.1, "eps": 1e-8}, batch_size=100)

@@ -543,6 +543,16 @@ def after_a_step(sparsity: Sparsity | None, data: Any) -> Sharded:
     return sharded
 
 
+def test_rows_of_unknown_ids_can_be_silenced() -> None:
+    model = build_model(FMConfig(dim=8), SCHEMA, table_device="meta")
+    sharded = shard(model, torch.device("cpu"), {"lr": 0.1, "eps": 1e-8}, batch_size=100)
+    reset_tables(sharded, 0)
+    sharded.silence_unknown()
+    for table in sharded.tables.values():
+        assert not table.weights_RD[0].any()
+        assert table.weights_RD[1:].any(1).all()
+
+
 @pytest.mark.parametrize("sparsity", [None, FULL["element"]])
 def test_l2_of_tables_moves_each_row_at_its_own_rate(sparsity: Sparsity | None, data: Any) -> None:
     sharded = after_a_step(sparsity, data)
