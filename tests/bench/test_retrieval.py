@@ -155,9 +155,9 @@ def written(folder: Path, *found: dict[str, Any]) -> Path:
     return path
 
 
-def record(name: str, value: float, seed: int = 1, key: str = "x") -> dict[str, Any]:
-    figures = dict.fromkeys((*bench._OF_LOG.values(), *bench._OF_NEW.values()), value)
-    return {"name": name, "seed": seed, "config_hash": key, **figures}
+def record(name: str, value: float | None, seed: int = 1, key: str = "x", epochs: int = 1) -> dict[str, Any]:
+    figures: dict[str, Any] = dict.fromkeys((*bench._OF_LOG.values(), *bench._OF_NEW.values()), value)
+    return {"name": name, "seed": seed, "config_hash": key, "config": {"train": {"epochs": epochs}}, **figures}
 
 
 def test_gains_are_within_a_seed(tmp_path: Path) -> None:
@@ -176,6 +176,20 @@ def test_gains_are_within_a_seed(tmp_path: Path) -> None:
     *_, one, other = bench.tables(file)["ml-1m"].splitlines()
     assert one == f"| {first} |{' 0.2000 ± 0.1000 |' * len(bench._OF_LOG)} 3 |"
     assert other == f"| {second} |{' 0.2550 ± 0.0495 |' * len(bench._OF_LOG)} 2 |"
+
+
+def test_gains_are_over_what_was_trained_in_the_same_way(tmp_path: Path) -> None:
+    first, second, third = (kind.name for kind in bench.MOVIELENS_KINDS[:3])
+    found = [record(f"ml-1m | {name}", 0.2, seed, epochs=2) for name in (first, third) for seed in (1, 2)]
+    found += [record(f"ml-1m | {second}", 0.3, seed, epochs=3) for seed in (1, 2)]
+    assert [row.split(" | ")[0] for row in bench.tables(written(tmp_path, *found))["ml-1m gains"].splitlines()[2:]] == [
+        f"| {third}"
+    ]
+
+
+def test_a_slice_without_items_is_said_to_have_none(tmp_path: Path) -> None:
+    *_, row = bench.tables(written(tmp_path, record("ml-1m | popularity", None)))["ml-1m"].splitlines()
+    assert row == f"| popularity |{' – |' * len(bench._OF_LOG)} 1 |"
 
 
 def test_what_was_published_stands_below_gowalla(tmp_path: Path) -> None:
