@@ -217,7 +217,7 @@ SYNTHETIC_TRIED = (
 )
 SERVED, SERVING = SYNTHETIC_KINDS[-1], "serving | a million items"
 FUNNEL = conversion.LOGS[1]
-_OF_ITEM = {"item": ["item_id", "advertiser", "category", "tags"]}
+_OF_ITEM = {"item": ["item_id", "advertiser", "category", "tags"], "alpha": 0.01}
 ESMM_KINDS = (
     Kind("ESMM"),
     Kind("ESMM, RFM", {**_OF_ITEM, "masking": "rfm"}),
@@ -233,6 +233,8 @@ ESMM_TRIED = (
         Kind(f"CFM, alpha {a:g}, its temperature {t:g}", {**_OF_ITEM, "masking": "cfm", "alpha": a, "temperature": t})
         for a, t in ((0.01, 0.1), (0.1, 0.1), (1.0, 0.1), (0.1, 0.5))
     ),
+    Kind("CFM, alpha 0.01, id hidden", {**_OF_ITEM, "masking": "cfm", "hidden": ["item_id"]}),
+    Kind("RFM, alpha 0.01", {**_OF_ITEM, "masking": "rfm"}),
 )
 
 
