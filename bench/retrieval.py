@@ -184,7 +184,7 @@ GOWALLA_PEERS = (
 )
 GOWALLA_PEERS_TRIED = (
     *_als({1.0: (1.0,), 10.0: (4.0, 16.0), 30.0: (16.0, 64.0), 100.0: (16.0, 32.0, 64.0, 128.0, 256.0)}),
-    *_bpr({(0.01, 1e-4): (100, 300), (0.01, 1e-3): (100, 300), (0.01, 0.01): (100,), (0.05, 1e-3): (100,)}),
+    *_bpr({(0.01, 1e-4): (100, 300, 1000), (0.01, 1e-3): (100, 300, 1000), (0.01, 0.01): (100,), (0.05, 1e-3): (100,)}),
 )
 SYNTHETIC = Kind("", train={"batch_size": 1024, "epochs": 4, "patience": 2, "table_learning_rate": 0.2})
 SYNTHETIC_KINDS = (
@@ -199,7 +199,7 @@ _CATALOGUE = [
     *("shelf", "tags", "series", "seller", "pattern", "words", "delivery", "warranty"),
 ]
 """What is known of an item beside its id."""
-_NO_SIGHT = {"alpha": 0.3, "hidden": ["item_id"]}
+_HIDDEN = {"alpha": 0.3, "hidden": ["item_id"]}
 SYNTHETIC_TRIED = (
     Kind("no id", model={"item": _CATALOGUE}),
     *(
@@ -210,7 +210,7 @@ SYNTHETIC_TRIED = (
     *(Kind(f"CFM, alpha {a:g}", {"masking": "cfm", "alpha": a}) for a in (0.1, 0.3, 1.0)),
     *(Kind(f"RFM, alpha {a:g}", {"masking": "rfm", "alpha": a}) for a in (0.1, 0.3, 1.0)),
     *(
-        Kind(f"{how.upper()}, id hidden, {n or 'half'} masked", {**_NO_SIGHT, "masking": how, "masked": n})
+        Kind(f"{how.upper()}, id hidden, {n or 'half'} masked", {**_HIDDEN, "masking": how, "masked": n})
         for how, n in (("cfm", None), ("cfm", 3), ("rfm", None), ("rfm", 3))
     ),
     *(Kind(f"feature dropout {p:g}", {"baseline": "feature_dropout", "dropout": p}) for p in (0.2, 0.5)),

@@ -11,7 +11,7 @@ import polars as pl
 from base.errors import ConfigError, DataError
 from base.storage import exclusive, is_published, read_manifest, resolve
 from features.columns import explained, require, sql
-from features.split import EachDay, days_of
+from features.split import ROLES, EachDay, days_of
 from pipelines.config import Retrieval, Run
 from pipelines.rankings import corpus_of, window_before
 from pipelines.tracking import model_of
@@ -127,9 +127,7 @@ def _known(run: Run, bundle: Bundle) -> tuple[list[str], str]:
     """
     source = run.source
     if not isinstance(run.data.split, EachDay):
-        return [p for role in ("train", "valid", "test") for p in source.partitions(role)], source.partitions("valid")[
-            -1
-        ]
+        return [p for role in ROLES for p in source.partitions(role)], source.partitions("valid")[-1]
     days = [d for d in (bundle.origin.trained_to, bundle.origin.calibrated_on, bundle.origin.day) if d is not None]
     if not days:
         raise ConfigError(

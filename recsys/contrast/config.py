@@ -26,7 +26,7 @@ class SelfSupervision(Config):
     """Which features a view does not see; the other view sees these alone. `cfm`: one drawn anew for each batch, and
     those that tell most about it (mutual information over the corpus); `rfm`: as many, any of them."""
     masked: PositiveInt | None = None
-    """How many features are masked beside the one drawn; by default half of those that are not hidden (paper, 4.2)."""
+    """How many features are masked beside the one drawn; by default half of those not hidden, as in that paper."""
     hidden: tuple[str, ...] = ()
     """Features that neither view sees. An id tells most about all others, so that `cfm` masks it, and what is nearest
     to it, in nearly every batch; hidden, it leaves the views to what a new item has as well."""

@@ -115,7 +115,7 @@ class TwoTower(nn.Module):
 
 
 class _Tower(nn.Module):
-    """One side's fields to its vector; where the similarity is a cosine of length 1, unless it says next to nothing."""
+    """One side's fields to its vector; of length 1 for a cosine, unless it says next to nothing."""
 
     def __init__(self, config: TwoTowerConfig, hidden: Sequence[int], places: list[int]) -> None:
         super().__init__()
