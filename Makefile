@@ -38,7 +38,7 @@ production-demo: setup ## five days of production: a real MLflow and a real Airf
 	$(BIN)/recsys production-demo --output runs/production
 
 test: check ## style, types, import contracts, then all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 slow: setup ## the tests that take minutes: kills at every write, a scheduler, servers
 	tests/postgres.sh
