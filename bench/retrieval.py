@@ -191,7 +191,6 @@ SYNTHETIC = Kind("", train={"batch_size": 1024, "epochs": 4, "patience": 2, "tab
 SYNTHETIC_KINDS = (
     Kind("two-tower"),
     Kind("two-tower, RFM", {"masking": "rfm", "alpha": 1.0}),
-    Kind("two-tower, CFM, id hidden, 3 masked", {"masking": "cfm", "alpha": 0.3, "hidden": ["item_id"], "masked": 3}),
     Kind("two-tower, CFM", {"masking": "cfm", "alpha": 1.0}),
 )
 _CATALOGUE = [
