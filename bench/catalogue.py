@@ -28,14 +28,17 @@ from pipelines.train import make_bundle
 from recsys.bundle import Bundle, Origin
 from recsys.retrieval import ITEM, ITEMS, RELEVANT, SEEN, USER, USERS, Ranking, measure_scores
 from recsys.towers import vectors_of
-from serving.index import IndexConfig, ItemIndex
+from serving.index import ExactConfig, HNSWConfig, IndexConfig, ItemIndex, IVFPQConfig
 
 RUN = ROOT / "pipelines" / "runs" / "catalogue.toml"
 DAYS = 6
 ASKED_IN_TRAINING, ASKED = 2_000, 4_000
 """Users whose rankings of all items are measured."""
-INDEXES: dict[str, dict[str, Any]] = {"exact": {}, "hnsw": {}, "ivf_pq": {}}
-"""Settings of each kind, but for its name."""
+INDEXES: dict[str, ExactConfig | HNSWConfig | IVFPQConfig] = {
+    kind: TypeAdapter(IndexConfig).validate_python({"kind": kind, "min_recall": 0})
+    for kind in ("exact", "hnsw", "ivf_pq")
+}
+"""Each kind with its own settings, published whatever it finds."""
 QUERIES, TURNS = 1_000, 5
 _CELLS = 2**22
 """Scores of the truth computed at a time."""
@@ -117,8 +120,7 @@ def served(kind: Kind, log: Log, seed: int) -> dict[str, Any]:
     queries_QD = np.concatenate(list(vectors_of(bundle, users.lazy(), "query")))
     found: dict[str, Any] = {}
     for name, settings in INDEXES.items():
-        chosen = TypeAdapter(IndexConfig).validate_python({"kind": name, "min_recall": 0, **settings})
-        indexing = run.model_copy(update={"index": chosen})
+        indexing = run.model_copy(update={"index": settings})
         path = index(indexing, model=str(run.bundle_path), overwrite=True, say=lambda _: None)
         found |= {f"{name}_{what}": value for what, value in _searched(path, bundle, queries_QD, run).items()}
         found |= {f"{name}_{what}": value for what, value in recommended(run).items()}

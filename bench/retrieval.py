@@ -404,7 +404,8 @@ def synthetic_jobs(work: Path, *, quick: bool, choose: bool) -> list[records.Job
 
     jobs = _jobs_of("synthetic", log_of_seed, run, SYNTHETIC_KINDS, (), common, **how)
     jobs.insert(0, records.Job("synthetic | oracle", {**common, "peer": "oracle"}, jobs[0].seeds, truth))
-    key = {**common, **identity(SERVED.of(run)), "indexes": catalogue.INDEXES}
+    indexes = {kind: settings.model_dump() for kind, settings in catalogue.INDEXES.items()}
+    key = {**common, **identity(SERVED.of(run)), "indexes": indexes}
     return [*jobs, records.Job(SERVING, key, 1, serving)]
 
 

@@ -73,8 +73,9 @@ class HNSWConfig(_Settings):
     """Edges of an item; twice as many on the ground level."""
     build_depth: PositiveInt = 64
     """Candidates looked at for the edges of each item."""
-    search_depth: PositiveInt = 128
-    """Candidates looked at for each query, or as many as are asked for."""
+    search_depth: PositiveInt = 256
+    """Candidates looked at for each query, or as many as are asked for. With 128 recall@20 of a million items was .92,
+    below the default `min_recall`; with 256 .96."""
 
 
 class IVFPQConfig(_Settings):
