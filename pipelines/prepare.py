@@ -40,11 +40,11 @@ def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = p
     limit_bad(run, "data.time", undated, good, {"time is missing": undated})
     identity = {p: source.fingerprint(p)["sha256"] for p in counts}
     fitted = _fit(run, training, identity, overwrite=overwrite, say=say)
+    if run.retrieval is not None:  # first, since a corpus may be wrong, and examples take longer
+        write_ranking(run, fitted, source.partitions("valid"), overwrite=overwrite, say=say)
     for partition in counts:
         target = run.examples_path(partition)
         write_examples(run, fitted, partition, target, counts[partition], overwrite=overwrite, say=say)
-    if run.retrieval is not None:
-        write_ranking(run, fitted, source.partitions("valid"), overwrite=overwrite, say=say)
     return fitted
 
 

@@ -72,22 +72,32 @@ def write_ranking(
     data.max_bad_share of the rows asked about, an item stands in the corpus twice, or nobody is left to ask, unless
     it `may_be_empty`.
     """
-    asked = {run.ranking_path(partitions): _towers_of(run, fitted)}
+    target = run.ranking_path(partitions)
+    asked = {target: _towers_of(run, fitted)}
     _write(run, asked, partitions, overwrite=overwrite, may_be_empty=may_be_empty, say=say)
+    _say_lost(target, partitions, say)
 
 
 def ask(
-    run: Run, candidate: Bundle, champion: Bundle | None, partitions: Sequence[str], *, may_be_empty: bool = False
+    run: Run,
+    candidate: Bundle,
+    champion: Bundle | None,
+    partitions: Sequence[str],
+    *,
+    may_be_empty: bool = False,
+    say: Callable[[str], None] = print,
 ) -> list[Ranking]:
     """The question about `partitions`, published as each bundle's own features encode it, the candidate's first.
 
-    Users and items are the same in the same order. Raises DataError as `write_ranking` does.
+    Users and items are the same in the same order. `say` is told of rows that are set aside. Raises DataError as
+    `write_ranking` does.
     """
     bundles = {run.ranking_path(partitions): candidate}
     if champion is not None:
         bundles[run.ranking_path(partitions, of_champion=True)] = champion
     asked = {target: _towers_in(bundle) for target, bundle in bundles.items()}
     _write(run, asked, partitions, overwrite=True, may_be_empty=may_be_empty, say=lambda _: None)
+    _say_lost(next(iter(asked)), partitions, say)
     return [_published(run, target, towers, partitions) for target, towers in asked.items()]
 
 
@@ -107,6 +117,7 @@ def _write(
     for target in asked:
         folder = whole(target, KIND, overwrite=overwrite)
         if folder and about[target].items() <= read_manifest(folder).about.items():
+            _limit_lost(run, read_manifest(folder).about, name)
             _require_somebody(read_manifest(folder).about["users"], name, may_be_empty=may_be_empty)
             say(f"{name}: its ranking is there already")
         else:
@@ -115,23 +126,43 @@ def _write(
         return
     with explained(f"[retrieval], {name}"):
         corpus, users, lost = _question(run, [asked[target] for target in missing], seen_in, partitions)
+        _limit_lost(run, lost, name)
         _require_somebody(users.height, name, may_be_empty=may_be_empty)
         require_items(_settings(run).k, corpus.height)
         encoded = {target: _encoded(run, asked[target], corpus, users) for target in missing}
-    if lost:
-        say(f"{name}: set aside {lost:,} positive rows whose item is not in the corpus")
     for target, (items, described) in encoded.items():
         features = asked[target].features
         if nameless := _without_features(features, items, asked[target].config):
             say(f"corpus: {len(nameless)} items have no known feature (as {nameless[0]!r}): they all have one vector")
         with publish(target, KIND, overwrite=overwrite, keep=3) as staging:
-            sizes = {"users": users.height, "items": items.height, "lost": lost, "without_features": len(nameless)}
-            staging.about.update(about[target], **sizes)
+            sizes = {"users": users.height, "items": items.height, "without_features": len(nameless)}
+            staging.about.update(about[target], **sizes, **lost)
             for file, table in ((ITEMS, items), (USERS, described)):
                 rows = neutral(features, table)
                 rows.write_parquet(staging / file, row_group_size=ROW_GROUP, compression="lz4", statistics=False)
         cold = int((items[COUNT] == 0).sum())
         say(f"{name}: {users.height:,} users to rank {items.height:,} items for, {cold:,} of them cold")
+
+
+def _limit_lost(run: Run, about: Mapping[str, Any], name: str) -> None:
+    """Raise DataError if more rows are without an item in the corpus than data.max_bad_share allows."""
+    lost, rows, most = about["lost"], about["positive"], run.data.max_bad_share
+    if lost > most * rows:
+        item, items = _settings(run).item, about["lost_items"]
+        raise DataError(
+            f"{name}: {items} items of {lost} of {rows} positive rows are not in the corpus, as {item} "
+            f"{about['lost_item']}: {lost / rows:.2%}, where {most:.2%} is allowed; add them to retrieval.items, take "
+            "the log's own items by leaving retrieval.items out, or raise data.max_bad_share to set such rows aside"
+        )
+
+
+def _say_lost(target: Path, partitions: Sequence[str], say: Callable[[str], None]) -> None:
+    about = read_manifest(resolve(target, KIND)).about
+    if lost := about["lost"]:
+        which = f"set aside {lost:,} of {about['positive']:,} positive rows"
+        say(f"{', '.join(partitions)}: {which}, whose item is not in the corpus, as {about['lost_item']}")
+    if gone := about["gone"]:
+        say(f"{gone:,} positive rows before are of items outside the corpus: learned from, recommended to nobody")
 
 
 def _require_somebody(users: int, name: str, *, may_be_empty: bool) -> None:
@@ -141,30 +172,37 @@ def _require_somebody(users: int, name: str, *, may_be_empty: bool) -> None:
 
 def _question(
     run: Run, towers: Sequence[Towers], seen_in: Sequence[str], partitions: Sequence[str]
-) -> tuple[pl.DataFrame, pl.DataFrame, int]:
-    """Raw rows of the corpus, raw rows of who asks, and how many rows were set aside.
+) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, Any]]:
+    """Raw rows of the corpus, raw rows of who asks, and what is known of rows whose item is not in the corpus.
 
-    All have the columns that any of the towers reads.
+    The raw rows have the columns that any of the towers reads.
     """
     described = [column for t in towers for column in t.features.only(t.item).recipe.inputs]
     corpus = corpus_of(run, described, [*seen_in, *partitions])
     read = [column for t in towers for column in t.features.only(t.config.query).recipe.inputs]
-    seen, _ = _placed(run, corpus, seen_in)  # what has gone from the corpus cannot be shown again
+    seen, gone = _placed(run, corpus, seen_in)  # what has gone from the corpus cannot be shown again
     asked, lost = _placed(run, corpus, partitions, read)
-    if lost.height > run.data.max_bad_share * (lost.height + asked.height):
-        item, names = _settings(run).item, lost[_settings(run).item].unique().sort()
-        raise DataError(
-            f"{', '.join(partitions)}: {names.len()} items of {lost.height} rows are not in the corpus, as "
-            f"{item} {names[0]!r}; add them to retrieval.items, or leave it out to take the log's own items"
-        )
-    return corpus, _users(asked, seen), lost.height
+    names = lost[_settings(run).item].unique().sort()
+    about = {
+        "positive": lost.height + asked.height,
+        "lost": lost.height,
+        "lost_items": names.len(),
+        "lost_item": repr(names[0]) if names.len() else "",
+        "gone": gone.height,
+    }
+    return corpus, _users(asked, seen), about
 
 
 def _encoded(run: Run, towers: Towers, corpus: pl.DataFrame, users: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Items and users as features, each of its own side."""
     described = fitted_side(towers.features, users.lazy(), towers.config.query, (USER, SEEN, RELEVANT))
     raw_items = corpus.lazy().with_columns(pl.col(_settings(run).item).alias(ITEM))
-    items = fitted_side(towers.features, raw_items, towers.item, (ITEM,))
+    try:
+        items = fitted_side(towers.features, raw_items, towers.item, (ITEM,))
+    except DataError as error:
+        if (table := _settings(run).items) is None:
+            raise
+        raise DataError(f"retrieval.items, {table.path}: {error}; or store it there as the log does") from None
     assert towers.schema.item is not None
     counts = towers.features.counts_of(towers.schema.item)
     counts[UNKNOWN] = 0
@@ -217,6 +255,7 @@ def window_before(run: Run, day: date) -> list[str]:
 def _about(run: Run, towers: Towers, seen: Sequence[str], asked: Sequence[str]) -> dict[str, Any]:
     retrieval = _settings(run)
     about: dict[str, Any] = {
+        "layout": 2,
         "seen": [examples_about(run, towers.features.version, p) for p in seen],
         "asked": [examples_about(run, towers.features.version, p) for p in asked],
         "sides": {"query": list(towers.config.query), "item": list(towers.config.item)},
@@ -230,7 +269,7 @@ def _about(run: Run, towers: Towers, seen: Sequence[str], asked: Sequence[str]) 
 def corpus_of(run: Run, columns: Sequence[str], partitions: Sequence[str]) -> pl.DataFrame:
     """Raw `columns` of every item, in the order of the items: of the table named, or else of the log's partitions.
 
-    Raises DataError if one of the columns is missing, or an item stands in the table twice.
+    Raises DataError if one of the columns is missing, an item stands in the table twice, or a row has none.
     """
     retrieval = _settings(run)
     item = retrieval.item
@@ -238,7 +277,9 @@ def corpus_of(run: Run, columns: Sequence[str], partitions: Sequence[str]) -> pl
     if retrieval.items is not None:
         frame = run.source.items(retrieval.items)
         require(columns, frame.collect_schema().names(), f"retrieval.items, {retrieval.items.path}")
-        found = frame.select(columns).filter(pl.col(item).is_not_null()).sort(item).collect()
+        found = frame.select(columns).sort(item).collect()
+        if nameless := found[item].null_count():
+            raise DataError(f"{retrieval.items.path}: {item!r} is missing in {nameless} rows; remove them")
         if found[item].n_unique() < found.height:
             first = found.filter(pl.col(item).is_duplicated())[item][0]
             raise DataError(f"{retrieval.items.path}: {item} {first!r} stands there twice; keep one row of each")

@@ -252,7 +252,7 @@ def _qualities(facts: _Facts, drawn: list[Plot]) -> Iterator[page.Html]:
 def _items_and_stages(facts: _Facts, drawn: list[Plot]) -> Iterator[page.Html]:
     """What a retrieval model makes of single items, and what is left of what users should get after two stages."""
     run, bundle = facts.run, facts.bundle
-    (ranking,) = ask(run, bundle, None, facts.partitions, may_be_empty=True)
+    (ranking,) = ask(run, bundle, None, facts.partitions, may_be_empty=True, say=lambda _: None)
     yield items_page.section(run, bundle, ranking, facts.partitions)
     yield stages_page.section(run, bundle, ranking, facts.table, facts.partitions, drawn)
 
@@ -647,9 +647,25 @@ def _data(facts: _Facts) -> list[list[str]]:
             else:
                 found.append([role, partition, "", "", "its examples are gone, or were made again by other features"])
     for partition in facts.partitions:
-        rows = f"{facts.measured:,}" if len(facts.partitions) == 1 else ""
-        found.append(["measured", partition, rows, "", page.tag("code", run.source.fingerprint(partition)["sha256"])])
+        alone = len(facts.partitions) == 1
+        rows = f"{facts.measured:,}" if alone else ""
+        found.append(
+            [
+                "measured",
+                partition,
+                rows,
+                _lost(facts) if alone else "",
+                page.tag("code", run.source.fingerprint(partition)["sha256"]),
+            ]
+        )
     return found
+
+
+def _lost(facts: _Facts) -> str:
+    """Rows that a ranking was not asked about, since their item is not in the corpus."""
+    if facts.run.retrieval is None:
+        return ""
+    return f"{read_manifest(resolve(facts.run.ranking_path(facts.partitions))).about['lost']:,}"
 
 
 def _versions() -> Iterator[str]:

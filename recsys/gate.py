@@ -197,9 +197,10 @@ class Comparison(Config):
 
     def __str__(self) -> str:
         where = "" if self.slice == "all" else f" where {self.slice}"
+        chance = ", which may be chance" if self.difference < -self.margin and not self.worse else ""
         return (
             f"{self.output}: {title(self.metric)}{where} {self.candidate:.5f} against champion {self.champion:.5f}, "
-            f"better by {self.difference:+.5f} [{self.lower:+.5f}, {self.upper:+.5f}], margin {self.margin:.5g}"
+            f"better by {self.difference:+.5f} [{self.lower:+.5f}, {self.upper:+.5f}], margin {self.margin:.5g}{chance}"
         )
 
 

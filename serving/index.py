@@ -146,7 +146,8 @@ class ItemIndex:
         if about.get("bundle") != bundle.version:
             raise ArtefactError(
                 f"{target}: is the index of bundle {about.get('bundle')}, the model is bundle {bundle.version}; build "
-                "its own with `recsys index --overwrite`, or name the model that the index is of"
+                "its own with `recsys index --overwrite` or `recsys recommend --build-index`, or name the model of the "
+                "index with --model"
             )
         try:
             settings = _CONFIG.validate_python(about["index"])

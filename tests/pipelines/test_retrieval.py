@@ -146,12 +146,12 @@ def test_an_item_without_features_is_counted_and_named(folder: Path) -> None:
     said: list[str] = []
     prepare(run_of(folder, "nameless"), say=said.append)
     assert "corpus: 1 items have no known feature (as 'i58'): they all have one vector" in said
-    assert said[-1] == "split=valid: 90 users to rank 60 items for, 6 of them cold"
+    assert "split=valid: 90 users to rank 60 items for, 6 of them cold" in said
     ranking = resolve(folder / "nameless/rankings/two_tower/split=valid")
     assert read_manifest(ranking).about["without_features"] == 1
     again: list[str] = []
     prepare(run_of(folder, "nameless"), say=again.append)
-    assert again[-1] == "split=valid: its ranking is there already"
+    assert "split=valid: its ranking is there already" in again
 
 
 def test_without_a_table_the_corpus_is_the_logs(folder: Path) -> None:
@@ -259,7 +259,8 @@ def test_items_of_the_log_that_are_not_in_the_corpus_are_named(folder: Path, tmp
     rows = log().filter(pl.col("item") <= "i02", part="log")
     run = run_of(folder, "missing", retrieval__items=str(tmp_path / "items.parquet"))
     with pytest.raises(
-        DataError, match=r"3 items of \d+ rows are not in the corpus, as item 'i00'; add them"
+        DataError,
+        match=r"3 items of \d+ of \d+ positive rows are not in the corpus, as item 'i00': \d+.\d\d%, where 1.00% is",
     ) as caught:
         prepare(run, say=quiet)
     assert 0 < int(str(caught.value).split(" items of ")[1].split()[0]) <= rows.height
@@ -269,6 +270,39 @@ def test_items_of_the_log_that_are_not_in_the_corpus_are_named(folder: Path, tmp
         prepare(run_of(folder, "twice", retrieval__items=str(tmp_path / "twice.parquet"), tables=twice.tables,
                        features=[{"kind": "vocabulary", "column": c} for c in ("user", "group", "item")],
                        model={**TWO_TOWER, "item": ["item"]}), say=quiet)  # fmt: skip
+
+
+def test_the_corpus_is_refused_before_examples_are_written(folder: Path, tmp_path: Path) -> None:
+    log().join(corpus(), on="item", maintain_order="left").write_parquet(tmp_path / "log.parquet")
+    nameless = corpus().with_columns(item=pl.when(pl.col("item") == "i05").then(None).otherwise("item"))
+    cases = {
+        "without-id": (nameless, r"without-id\.parquet: 'item' is missing in 1 rows; remove them"),
+        "untyped": (
+            corpus().with_columns(pl.col("genres").list.join("|")),
+            r"retrieval\.items, .*untyped\.parquet: column 'genres' holds text; .* or store it there as the log does",
+        ),
+    }
+    for name, (items, message) in cases.items():
+        items.write_parquet(tmp_path / f"{name}.parquet")
+        items_path = str(tmp_path / f"{name}.parquet")
+        run = run_of(folder, name, data__path=str(tmp_path / "log.parquet"), tables=[], retrieval__items=items_path)
+        with pytest.raises(DataError, match=message):
+            prepare(run, say=quiet)
+        assert not list(run.output.glob("**/examples*/*"))
+
+
+def test_rows_without_an_item_in_the_corpus_are_told_and_limited_again(folder: Path, tmp_path: Path) -> None:
+    corpus().filter(pl.col("item") != "i00").write_parquet(tmp_path / "items.parquet")
+    run = run_of(folder, "told", retrieval__items=str(tmp_path / "items.parquet"), data__max_bad_share=0.5)
+    said: list[str] = []
+    prepare(run, say=said.append)
+    assert any(line.endswith("are of items outside the corpus: learned from, recommended to nobody") for line in said)
+    lost = next(line for line in said if "set aside" in line)
+    assert lost.startswith("split=valid: set aside ")
+    assert lost.endswith("whose item is not in the corpus, as 'i00'")
+    stricter = run_of(folder, "told", retrieval__items=str(tmp_path / "items.parquet"), data__max_bad_share=0.0)
+    with pytest.raises(DataError, match=r"as item 'i00': \d+\.\d\d%, where 0\.00% is allowed"):
+        prepare(stricter, say=quiet)
 
 
 def test_a_ranking_of_other_settings_is_not_trained_with(folder: Path, trained: Run) -> None:

@@ -472,7 +472,9 @@ def test_a_day_of_items_that_no_model_knows_is_judged_by_cold_items_alone(begun:
     pl.read_parquet(path).with_columns(item=item).write_parquet(path)
     both = pl.concat([catalogue(born(12)), catalogue(born(12)).with_columns(item=item)])
     now = live(run, 7)
-    with pytest.raises(DataError, match=r"day=2026-03-07: \d+ items of \d+ rows are not in the corpus, as item 'n0"):
+    with pytest.raises(
+        DataError, match=r"day=2026-03-07: \d+ items of \d+ of \d+ positive rows are not in the corpus, as item 'n0"
+    ):
         promote(now)
     both.write_parquet(folder / "items.parquet")
     promote(now)
@@ -488,7 +490,9 @@ def test_items_that_have_left_the_catalogue_are_set_aside(begun: tuple[Path, Run
     asked, seen = positives(folder, 6)["item"], positives(folder, 5)["item"]
     gone = [*sorted(set(seen) - set(asked))[:5], asked.value_counts().sort("count", "item")["item"][0]]
     catalogue(born(12)).filter(~pl.col("item").is_in(gone)).write_parquet(folder / "items.parquet")
-    with pytest.raises(DataError, match=rf"1 items of \d+ rows are not in the corpus, as item '{gone[-1]}'"):
+    with pytest.raises(
+        DataError, match=rf"1 items of \d+ of \d+ positive rows are not in the corpus, as item '{gone[-1]}'"
+    ):
         evaluate(run_of(folder, data__max_bad_share=0.0).on(day(6)))
     now = run_of(folder, data__max_bad_share=0.2).on(day(6))
     promote(live(run_of(folder, data__max_bad_share=0.2), 6))
