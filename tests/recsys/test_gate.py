@@ -55,7 +55,10 @@ def verdict_on(*comparisons: Comparison, gates: Gates = DEFAULT, limits: tuple[L
     ],
 )
 def test_what_is_material_and_certain_is_refused(difference: float, reach: float, decision: str) -> None:
-    assert verdict_on(comparison(difference, reach)).decision == decision
+    verdict = verdict_on(comparison(difference, reach))
+    assert verdict.decision == decision
+    by_chance = decision == "promoted" and difference < -0.002
+    assert verdict.reasons[0].text.endswith(", which may be chance") == by_chance
 
 
 @pytest.mark.parametrize(
