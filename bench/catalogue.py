@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from pydantic import TypeAdapter
 
 from base.config import load_config
 from base.storage import read_manifest, resolve
@@ -34,9 +33,10 @@ RUN = ROOT / "pipelines" / "runs" / "catalogue.toml"
 DAYS = 6
 ASKED_IN_TRAINING, ASKED = 2_000, 4_000
 """Users whose rankings of all items are measured."""
-INDEXES: dict[str, ExactConfig | HNSWConfig | IVFPQConfig] = {
-    kind: TypeAdapter(IndexConfig).validate_python({"kind": kind, "min_recall": 0})
-    for kind in ("exact", "hnsw", "ivf_pq")
+INDEXES: dict[str, IndexConfig] = {
+    "exact": ExactConfig(min_recall=0),
+    "hnsw": HNSWConfig(kind="hnsw", min_recall=0),
+    "ivf_pq": IVFPQConfig(kind="ivf_pq", min_recall=0),
 }
 """Each kind with its own settings, published whatever it finds."""
 QUERIES, TURNS = 1_000, 5
