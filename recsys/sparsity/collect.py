@@ -9,12 +9,15 @@ from numba import njit
 from torch import Tensor
 
 from recsys.draws import mixed
+from recsys.sparsity.memory import FLOAT, ask
 
 # Shape suffixes: N = lookups of a batch, K = rows kept, D = embedding dimension, X = bags of a batch, H = slots of the
 # hash table.
 
 _FIRST = 2**12
 """Rows there is room for at first."""
+_AHEAD = 16
+"""Lookups that memory is asked for before their turn comes."""
 _SLACK = 4
 """Rows are left out when there are a fourth more than the limit, so that it is seldom to do."""
 
@@ -126,11 +129,15 @@ def _hash(row_N: Tensor, salt: int) -> Tensor:
 @njit(cache=True, nogil=True)
 def _slot(row, rows_K, slots_H):
     """Where in the hash table the row's place is, or belongs: linear probing from a multiplicative hash."""
-    last = np.uint64(len(slots_H) - 1)
-    slot = ((np.uint64(row) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) & last
+    slot = _first_slot(row, slots_H)
     while slots_H[slot] >= 0 and rows_K[slots_H[slot]] != row:
-        slot = (slot + np.uint64(1)) & last
+        slot = (slot + np.uint64(1)) & np.uint64(len(slots_H) - 1)
     return slot
+
+
+@njit(cache=True, nogil=True)
+def _first_slot(row, slots_H):
+    return ((np.uint64(row) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) & np.uint64(len(slots_H) - 1)
 
 
 @njit(cache=True, nogil=True)
@@ -142,7 +149,12 @@ def _index(rows_K, count, slots_H):
 @njit(cache=True, nogil=True)
 def _find(row_N, rows_K, count, slots_H, place_N):
     """The places of lookups, new rows at the end, until there is no room: how far it came, and rows."""
+    slots, rows = np.uint64(slots_H.ctypes.data), np.uint64(rows_K.ctypes.data)
     for n in range(len(row_N)):
+        if n + 2 * _AHEAD < len(row_N):
+            ask(slots + _first_slot(row_N[n + 2 * _AHEAD], slots_H) * np.uint64(4), np.uint64(4))
+            place = slots_H[_first_slot(row_N[n + _AHEAD], slots_H)]
+            ask(rows + np.uint64(max(place, 0)) * np.uint64(8), np.uint64(8))
         slot = _slot(row_N[n], rows_K, slots_H)
         if slots_H[slot] < 0:
             if count == len(rows_K):
@@ -155,7 +167,12 @@ def _find(row_N, rows_K, count, slots_H, place_N):
 
 @njit(cache=True, nogil=True)
 def _sum(place_N, bag_N, weight_N, grad_XD, sums_KD):
+    size = np.uint64(grad_XD.shape[1]) * FLOAT
+    grads, sums = np.uint64(grad_XD.ctypes.data), np.uint64(sums_KD.ctypes.data)
     for n in range(len(place_N)):
+        if n + _AHEAD < len(place_N):
+            ask(sums + np.uint64(place_N[n + _AHEAD]) * size, size)
+            ask(grads + np.uint64(bag_N[n + _AHEAD]) * size, size)
         place, bag = np.uint64(place_N[n]), np.uint64(bag_N[n])
         weight = weight_N[n] if len(weight_N) else np.float32(1)
         for d in range(np.uint64(grad_XD.shape[1])):

@@ -4,7 +4,7 @@ Lookups on other devices than the CPU are tensor operations; masks move on the C
 the lookups whatever the threads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,107 +12,158 @@ from typing import Any
 
 import numpy as np
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from numba import njit
-from numpy.typing import NDArray
 from torch import Tensor
 
+from recsys.sparsity.memory import FLOAT, ask, byte_at, float_at
+
 # Shape suffixes: N = lookups, K = rows whose mask moves, S = slots of a row, D = embedding dimension, G = groups,
-# R = rows, X = anything.
+# R = rows, X = bags, P = parts of the work.
 
 _PART = 2**14
 """Lookups that are worth a thread."""
+_AHEAD = 32
+"""Lookups that memory is asked for before their turn comes: rows stand anywhere, and each would be waited for."""
+_BAGS_AHEAD = 4
+"""Likewise."""
+_UNIT = np.uint64(4)
+"""Slots that a row's are a multiple of."""
+
+
+@dataclass(frozen=True)
+class Bags:
+    """The lookups of a batch, bag by bag. A bag is a row of the dense embeddings, and an example's are side by side."""
+
+    row_N: Tensor
+    """int64; rows of all tables are numbered through."""
+    ends_X: Tensor
+    """int64: before which lookup each bag ends."""
+    tables: int
+    """Whose bags follow each other: all of the first, then all of the next; 1 where they come as the embeddings do."""
+    mean: bool
+    """Whether a bag is the mean of its rows, and not their sum."""
+
+    def bags(self) -> Tensor:
+        """bag_N: the row of the dense embeddings that each lookup is added to."""
+        bag_X = torch.arange(len(self.ends_X), device=self.ends_X.device).view(-1, self.tables).t().flatten()
+        return torch.repeat_interleave(bag_X, self._counts(), output_size=len(self.row_N))
+
+    def weights(self) -> Tensor | None:
+        """weight_N: what each lookup counts in its bag; None for 1."""
+        if not self.mean:
+            return None
+        count_X = self._counts()
+        return torch.repeat_interleave(1 / count_X.clamp(min=1), count_X, output_size=len(self.row_N))
+
+    def _counts(self) -> Tensor:
+        return self.ends_X.diff(prepend=self.ends_X.new_zeros(1))
 
 
 @dataclass(frozen=True)
 class Lookups:
-    """Lookups of rows that hold equally many weights, each to be added to a bag: a row of the dense embeddings."""
+    """Lookups of rows that hold equally many weights, by tensor operations."""
 
     size: int
     positions_NS: Tensor
     """uint8."""
     bag_N: Tensor
-    """int64; equal ones are adjacent."""
-    share_X: Tensor | None
-    """float32: what rows count in each bag; None for 1."""
+    """int64."""
+    weight_N: Tensor | None
+    """float32; None for 1."""
 
     def add(self, value_NS: Tensor, dense_XD: Tensor) -> None:
         """Add the weights to their bags."""
-        if self._compiled:
-            self._each_part(_add, value_NS.detach().numpy(), dense_XD.numpy())
-            return
-        if (share_N := self._share()) is not None:
-            value_NS = value_NS * share_N.unsqueeze(1)
+        if self.weight_N is not None:
+            value_NS = value_NS * self.weight_N.unsqueeze(1)
         dense_XD.view(-1).scatter_add_(0, self._flat(dense_XD.shape[1]).view(-1), value_NS.view(-1))
 
     def gradients(self, grad_XD: Tensor) -> Tensor:
         """grad_NS of the weights, from those of the bags; 0 in slots that only fill up the row."""
-        if self._compiled:
-            grad_NS = torch.empty(self.positions_NS.shape)
-            self._each_part(_gradients, grad_XD.numpy(), grad_NS.numpy())
-            return grad_NS
         flat_NS = self._flat(grad_XD.shape[1])
         grad_NS = grad_XD.view(-1).index_select(0, flat_NS.view(-1)).view(flat_NS.shape)
         grad_NS[:, self.size :] = 0
-        share_N = self._share()
-        return grad_NS if share_N is None else grad_NS.mul_(share_N.unsqueeze(1))
-
-    @property
-    def _compiled(self) -> bool:
-        return self.bag_N.device.type == "cpu"
+        return grad_NS if self.weight_N is None else grad_NS.mul_(self.weight_N.unsqueeze(1))
 
     def _flat(self, dim: int) -> Tensor:
         """Of each slot, the number of the dense embeddings' element that it belongs to."""
         return self.positions_NS.long().add_((self.bag_N * dim).unsqueeze(1))
 
-    def _share(self) -> Tensor | None:
-        return None if self.share_X is None else self.share_X.index_select(0, self.bag_N)
 
-    def _each_part(self, loop: Callable[..., None], *arrays: Any) -> None:
-        """Run `loop` over all lookups, by as many threads as torch has; no bag is in two parts."""
-        bag_N, positions_NS = self.bag_N.numpy(), self.positions_NS.numpy()
-        share_X = _NO_SHARE if self.share_X is None else self.share_X.numpy()
-        threads = min(torch.get_num_threads(), len(bag_N) // _PART)
+class Compiled:
+    """The lookups of a batch in main memory, by compiled loops.
 
-        def run(start: int, stop: int) -> None:
-            loop(start, stop, self.size, positions_NS, bag_N, share_X, *arrays)
+    `groups`: values_NS and positions_NS of each, which it keeps. `place_R`, int32: where rows stand when those of the
+    groups follow each other; None for one group, in the order of the rows.
+    """
 
-        if threads <= 1:
-            run(0, len(bag_N))
+    def __init__(
+        self,
+        bags: Bags,
+        sizes: Sequence[int],
+        groups: Sequence[tuple[Tensor, Tensor]],
+        place_R: Tensor | None,
+    ) -> None:
+        assert all(x.is_contiguous() for both in groups for x in both)
+        self._bags, self._groups = bags, groups
+        self._ends_X = bags.ends_X.numpy()
+        self._place_R = _NO_PLACE if place_R is None else place_R.numpy()
+        self._of_groups = (
+            np.cumsum([0, *(len(values_NS) for values_NS, _ in groups[:-1])]),
+            np.array(sizes),
+            np.array([values_NS.shape[1] for values_NS, _ in groups]),
+            np.array([values_NS.data_ptr() for values_NS, _ in groups], dtype=np.uint64),
+            np.array([positions_NS.data_ptr() for _, positions_NS in groups], dtype=np.uint64),
+        )
+        lookups = len(bags.row_N)
+        parts = max(1, min(torch.get_num_threads(), lookups // _PART))
+        cuts = np.searchsorted(self._ends_X, [lookups * p // parts for p in range(1, parts)])  # a bag is in one part
+        self._cuts = [0, *cuts.tolist(), len(self._ends_X)]
+        self._group_N, self._index_N = np.empty(lookups, dtype=np.uint8), np.empty(lookups, dtype=np.int32)
+        self._count_PG = np.zeros((parts, len(groups)), dtype=np.int64)
+
+    def dense(self, dim: int) -> Tensor:
+        """dense_XD: the sum or mean of each bag's weights at their positions; 0 for an empty one."""
+        dense_XD = torch.empty(len(self._ends_X), dim)
+        found, row_N = dense_XD.numpy(), self._bags.row_N.numpy()
+
+        def run(part: int, first: int, last: int) -> None:
+            bags = first, last, self._ends_X, self._bags.tables, self._bags.mean
+            out = self._group_N, self._index_N, self._count_PG[part], found
+            _add(*bags, row_N, self._place_R, *self._of_groups, *out)
+
+        self._each_part(run)
+        return dense_XD
+
+    def gradients(self, grad_XD: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Per group the index in it of each lookup that is its, and grad_NS of the weights; after `dense`."""
+        count_G, slots_G = self._count_PG.sum(0), self._of_groups[2]
+        index_N = torch.empty(len(self._group_N), dtype=torch.int64)
+        grad = torch.empty(int((count_G * slots_G).sum()))
+        before_G, out_G = count_G.cumsum() - count_G, (count_G * slots_G).cumsum() - count_G * slots_G
+        at_PG = self._count_PG.cumsum(0) - self._count_PG
+
+        def run(part: int, first: int, last: int) -> None:
+            bags = first, last, self._ends_X, self._bags.tables, self._bags.mean
+            out = before_G, out_G, at_PG[part].copy(), index_N.numpy(), grad.numpy()
+            _gradients(*bags, self._group_N, self._index_N, *self._of_groups, grad_XD.numpy(), *out)
+
+        self._each_part(run)
+        indices = index_N.split(count_G.tolist())
+        grads = grad.split((count_G * slots_G).tolist())
+        return [(i, g.view(len(i), slots)) for i, g, slots in zip(indices, grads, slots_G.tolist(), strict=True)]
+
+    def _each_part(self, run: Callable[[int, int, int], None]) -> None:
+        """By as many threads as torch has."""
+        parts = len(self._cuts) - 1
+        if parts == 1:
+            run(0, 0, len(self._ends_X))
             return
-        cuts = [0, *(_bag_end(bag_N, len(bag_N) * i // threads) for i in range(1, threads)), len(bag_N)]
-        for done in _pool(threads).map(run, cuts[:-1], cuts[1:]):
+        for done in _pool(parts).map(run, range(parts), self._cuts[:-1], self._cuts[1:]):
             assert done is None
 
 
-def rows_of(table_RS: Tensor, index_N: Tensor) -> Tensor:
-    """`index_select` of rows that are a multiple of 4 bytes, several times as fast."""
-    if table_RS.device.type != "cpu":
-        return table_RS.index_select(0, index_N)
-    found_NS = table_RS.new_empty(len(index_N), table_RS.shape[1])
-    size = table_RS.shape[1] * table_RS.element_size()
-    word = torch.int32 if size % 8 else torch.int64
-    _rows(table_RS.view(word).numpy(), index_N.numpy(), found_NS.view(word).numpy())
-    return found_NS
-
-
-_NO_SHARE = np.empty(0, dtype=np.float32)
-
-
-def split(row_N: Tensor, place_R: Tensor, ends_G: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Per group of places, which end at `ends_G`: the places within it of the lookups that are its, and which they are.
-
-    For the CPU. Lookups keep their order.
-    """
-    place, ends = place_R.numpy(), np.array(ends_G, dtype=np.int64)
-    group_N = np.empty(row_N.numel(), dtype=np.uint8)
-    count_G = np.zeros(len(ends), dtype=np.int64)
-    place_N = np.empty(row_N.numel(), dtype=np.int64)
-    _find(row_N.numpy(), place, ends, place_N, group_N, count_G)
-    starts_G = np.cumsum(count_G) - count_G
-    index_N, chosen_N = np.empty_like(place_N), np.empty_like(place_N)
-    _sort(place_N, group_N, ends, starts_G.copy(), index_N, chosen_N)
-    counts = count_G.tolist()
-    return list(zip(torch.from_numpy(index_N).split(counts), torch.from_numpy(chosen_N).split(counts), strict=True))
+_NO_PLACE = np.empty(0, dtype=np.int32)
 
 
 @lru_cache(maxsize=1)
@@ -120,70 +171,133 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="sparse-tables")
 
 
-def _bag_end(bag_N: NDArray[np.int64], place: int) -> int:
-    """The first place from `place` on at which another bag begins."""
-    while place < len(bag_N) and bag_N[place] == bag_N[place - 1]:
-        place += 1
-    return place
+def apply_gradients(kernel: Any, index_N: Tensor, grad_NS: Tensor) -> None:
+    """What fbgemm's backward pass does, on the CPU, with the gradients of single rows: sums them and steps.
+
+    The operator that its autograd function ends in, because that would first look all of them up again.
+    """
+    optimizer = kernel.optimizer_args
+    memory = kernel.weights_host, kernel.weights_placements, kernel.weights_offsets, kernel.D_offsets, kernel.max_D
+    rows = kernel.hash_size_cumsum, kernel.total_hash_size_bits, index_N, torch.arange(len(index_N) + 1)
+    sums = kernel.momentum1_host, kernel.momentum1_placements, kernel.momentum1_offsets, kernel.learning_rate_tensor
+    arguments = grad_NS, *memory, *rows, int(kernel.pooling_mode), None, False, *sums, optimizer.eps
+    if kernel.optimizer == EmbOptimType.EXACT_ROWWISE_ADAGRAD:
+        torch.ops.fbgemm.split_embedding_backward_codegen_rowwise_adagrad_cpu(*arguments)
+    else:
+        torch.ops.fbgemm.split_embedding_backward_codegen_adagrad_cpu(*arguments)
 
 
 # Unsigned numbers spare the loops a look whether an index is negative.
 
 
 @njit(cache=True, nogil=True)
-def _rows(table_RW, index_N, found_NW):
-    if table_RW.shape[1] == 1:
-        for n in range(len(index_N)):
-            found_NW[n, 0] = table_RW[np.uint64(index_N[n]), 0]
-        return
-    for n in range(len(index_N)):
-        row = np.uint64(index_N[n])
-        for w in range(table_RW.shape[1]):
-            found_NW[n, w] = table_RW[row, w]
+def _bag(x, batch, tables):
+    """Where in the dense embeddings a bag of the lookups is."""
+    return np.uint64(x if tables == 1 else x % batch * tables + x // batch)
 
 
 @njit(cache=True, nogil=True)
-def _add(start, stop, size, positions_NS, bag_N, share_X, value_NS, dense_XD):
-    shares = len(share_X) > 0
-    for n in range(np.uint64(start), np.uint64(stop)):
-        bag = np.uint64(bag_N[n])
-        share = share_X[bag] if shares else np.float32(1)
-        for s in range(np.uint64(size)):
-            dense_XD[bag, positions_NS[n, s]] += value_NS[n, s] * share
+def _add(
+    first,
+    last,
+    ends_X,
+    tables,
+    mean,
+    row_N,
+    place_R,
+    starts_G,
+    sizes_G,
+    slots_G,
+    values_G,
+    positions_G,
+    group_N,
+    index_N,
+    count_G,
+    dense_XD,
+):
+    batch, dim, dense = len(ends_X) // tables, np.uint64(dense_XD.shape[1]), np.uint64(dense_XD.ctypes.data)
+    n = ends_X[first - 1] if first else 0
+    stop = ends_X[last - 1] if last else 0
+    placed, asked, ready = len(place_R) > 0, n, n
+    for x in range(first, last):
+        bag, end = _bag(x, batch, tables), ends_X[x]
+        ask(dense + _bag(x + _BAGS_AHEAD, batch, tables) * dim * FLOAT, dim * FLOAT)
+        share = np.float32(1) / np.float32(end - n) if mean and end > n else np.float32(1)
+        for d in range(dim):
+            dense_XD[bag, d] = 0
+        while n < end:
+            if placed:
+                while asked < min(n + 2 * _AHEAD, stop):
+                    ask(np.uint64(place_R.ctypes.data) + np.uint64(row_N[asked]) * FLOAT, FLOAT)
+                    asked += 1
+            while ready < min(n + _AHEAD, stop):
+                place, group = row_N[ready], 0
+                if placed:
+                    place = np.int64(place_R[np.uint64(place)])
+                    for start in starts_G[1:]:  # without a branch, which would be guessed wrong half of the time
+                        group += place >= start
+                    place -= starts_G[group]
+                group_N[ready], index_N[ready] = group, place
+                count_G[group] += 1
+                slots = np.uint64(slots_G[group])
+                ask(values_G[group] + np.uint64(place) * slots * FLOAT, slots * FLOAT)
+                ask(positions_G[group] + np.uint64(place) * slots, slots)
+                ready += 1
+            group = group_N[n]
+            slot = np.uint64(index_N[n]) * np.uint64(slots_G[group])
+            value, position = values_G[group] + slot * FLOAT, positions_G[group] + slot
+            for s in range(np.uint64(0), np.uint64(slots_G[group]), _UNIT):  # what only fills up the row is 0
+                for i in range(_UNIT):
+                    dense_XD[bag, np.uint64(byte_at(position + s + i))] += float_at(value + (s + i) * FLOAT) * share
+            n += 1
 
 
 @njit(cache=True, nogil=True)
-def _gradients(start, stop, size, positions_NS, bag_N, share_X, grad_XD, grad_NS):
-    shares = len(share_X) > 0
-    for n in range(np.uint64(start), np.uint64(stop)):
-        bag = np.uint64(bag_N[n])
-        share = share_X[bag] if shares else np.float32(1)
-        for s in range(np.uint64(size)):
-            grad_NS[n, s] = grad_XD[bag, positions_NS[n, s]] * share
-        for s in range(np.uint64(size), np.uint64(grad_NS.shape[1])):
-            grad_NS[n, s] = 0
-
-
-@njit(cache=True, nogil=True)
-def _find(row_N, place_R, ends_G, place_N, group_N, count_G):
-    """Of each lookup, its place and group; of each group, how many are its."""
-    for n in range(len(row_N)):
-        place, group = place_R[row_N[n]], 0
-        while place >= ends_G[group]:
-            group += 1
-        place_N[n], group_N[n] = place, group
-        count_G[group] += 1
-
-
-@njit(cache=True, nogil=True)
-def _sort(place_N, group_N, ends_G, next_G, index_N, chosen_N):
-    """Lookups by group; `next_G` is where each group begins."""
-    for n in range(len(place_N)):
-        group = group_N[n]
-        at = next_G[group]
-        next_G[group] += 1
-        index_N[at] = place_N[n] - (ends_G[group - 1] if group else 0)
-        chosen_N[at] = n
+def _gradients(
+    first,
+    last,
+    ends_X,
+    tables,
+    mean,
+    group_N,
+    index_N,
+    _starts_G,
+    sizes_G,
+    slots_G,
+    values_G,
+    positions_G,
+    grad_XD,
+    before_G,
+    out_G,
+    at_G,
+    found_N,
+    grad,
+):
+    batch, dim, dense = len(ends_X) // tables, np.uint64(grad_XD.shape[1]), np.uint64(grad_XD.ctypes.data)
+    n = ends_X[first - 1] if first else 0
+    stop = ends_X[last - 1] if last else 0
+    for x in range(first, last):
+        bag, end = _bag(x, batch, tables), ends_X[x]
+        ask(dense + _bag(x + _BAGS_AHEAD, batch, tables) * dim * FLOAT, dim * FLOAT)
+        share = np.float32(1) / np.float32(end - n) if mean and end > n else np.float32(1)
+        while n < end:
+            if n + _AHEAD < stop:
+                group = group_N[n + _AHEAD]
+                slots = np.uint64(slots_G[group])
+                ask(positions_G[group] + np.uint64(index_N[n + _AHEAD]) * slots, slots)
+            group = group_N[n]
+            size, slots = np.uint64(sizes_G[group]), np.uint64(slots_G[group])
+            position = positions_G[group] + np.uint64(index_N[n]) * slots
+            at = at_G[group]
+            at_G[group] += 1
+            found_N[before_G[group] + at] = index_N[n]
+            out = np.uint64(out_G[group]) + np.uint64(at) * slots
+            for s in range(np.uint64(0), slots, _UNIT):
+                for i in range(_UNIT):
+                    grad[out + s + i] = grad_XD[bag, np.uint64(byte_at(position + s + i))] * share
+            for s in range(size, slots):
+                grad[out + s] = 0
+            n += 1
 
 
 @njit(cache=True, nogil=True)

@@ -27,7 +27,7 @@ from features.schema import NewRows
 from recsys.draws import normal_rows
 from recsys.sparsity.collect import Collector
 from recsys.sparsity.config import Sparsity
-from recsys.sparsity.kernels import Lookups, rows_of, split
+from recsys.sparsity.kernels import Bags, Compiled, Lookups, apply_gradients
 from recsys.sparsity.layout import (
     UNIT,
     check_density,
@@ -445,39 +445,46 @@ class SparseTables(nn.Module):
 
         Raises IdError for an id outside its table.
         """
-        batch = sparse.stride()
-        row_N, bag_N, share_X = self._lookups(sparse, batch)
+        bags, batch = self._bags(sparse), sparse.stride()
+        collecting = None
+        if self.collector is not None:
+            collecting = _Collecting(self.collector, bags.row_N, bags.bags(), bags.weights())
+        anchor = torch.empty(0, device=bags.row_N.device, requires_grad=torch.is_grad_enabled())
+        if bags.row_N.device.type == "cpu":
+            dense_XD = _InMainMemory.apply(anchor, self, bags, collecting)
+        else:
+            dense_XD = self._spread(bags, anchor, collecting)
+        return dense_XD.view(batch, len(self.tables), self.dim)
+
+    def _spread(self, bags: Bags, anchor: Tensor, collecting: "_Collecting | None") -> Tensor:
+        """dense_XD by tensor operations and fbgemm's autograd."""
+        bag_N, weight_N = bags.bags(), bags.weights()
         values: list[Tensor] = []
         lookups: list[Lookups] = []
-        for group, index_N, chosen_N in self.by_group(row_N):
+        for group, index_N, chosen_N in self.by_group(bags.row_N):
             if not index_N.numel() or not group.size:
                 continue
-            bags_N = bag_N if chosen_N is None else bag_N.index_select(0, chosen_N)
-            lookups.append(Lookups(group.size, rows_of(group.positions_NS, index_N), bags_N, share_X))
+            mine_N, share_N = (x if x is None or chosen_N is None else x[chosen_N] for x in (bag_N, weight_N))
+            assert mine_N is not None
+            lookups.append(Lookups(group.size, group.positions_NS.index_select(0, index_N), mine_N, share_N))
             if group.kernel is not None and torch.is_grad_enabled():
                 each = torch.arange(len(index_N) + 1, device=index_N.device)
                 values.append(group.kernel(index_N, each))
             else:
-                values.append(rows_of(group.values_NS, index_N))
-        collect = None
-        if self.collector is not None:
-            weight_N = None if share_X is None else share_X.index_select(0, bag_N)
-            collect = _Collecting(self.collector, row_N, bag_N, weight_N)
-        shape = (batch, len(self.tables), self.dim)
-        anchor = torch.empty(0, device=row_N.device, requires_grad=torch.is_grad_enabled())
-        return _Spread.apply(shape, anchor, collect, lookups, *values)
+                values.append(group.values_NS.index_select(0, index_N))
+        return _Spread.apply((len(bags.ends_X), self.dim), anchor, collecting, lookups, *values)
 
-    def _lookups(self, sparse: KeyedJaggedTensor, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """row_N, table by table; the bag of the batch that each is in; what a row counts in each bag_X, None for 1."""
-        ids, ends, keys = sparse.values(), sparse.offset_per_key(), sparse.keys()
+    def _bags(self, sparse: KeyedJaggedTensor) -> Bags:
+        """The batch's lookups, checked."""
+        ids, ends, keys, batch = sparse.values(), sparse.offset_per_key(), sparse.keys(), sparse.stride()
         order, device = [keys.index(t.feature) for t in self.tables], ids.device
         ids_T = [ids[ends[key] : ends[key + 1]] for key in order]
-        bag_TB = torch.arange(batch * len(order), device=device).view(batch, -1).t()
         if not any(t.multi for t in self.tables) and all(len(ids_B) == batch for ids_B in ids_T):
-            ids_TB = torch.stack(ids_T)
-            if ids_TB.numel():
-                self._check_ids(range(len(order)), *torch.aminmax(ids_TB, dim=1))
-            return (ids_TB + torch.tensor(self.starts, device=device)[:, None]).view(-1), bag_TB.flatten(), None
+            ids_BT = torch.stack(ids_T, dim=1)
+            if ids_BT.numel():
+                self._check_ids(range(len(order)), *torch.aminmax(ids_BT, dim=0))
+            row_N = (ids_BT + torch.tensor(self.starts, device=device)).view(-1)
+            return Bags(row_N, torch.arange(1, len(row_N) + 1, device=device), tables=1, mean=False)
         if known := [i for i, ids_N in enumerate(ids_T) if ids_N.numel()]:
             least, most = zip(*(torch.aminmax(ids_T[i]) for i in known), strict=True)
             self._check_ids(known, torch.stack(least), torch.stack(most))
@@ -485,8 +492,7 @@ class SparseTables(nn.Module):
         for mine_N, start in zip(row_N.split([len(x) for x in ids_T]), self.starts, strict=True):
             mine_N += start
         count_TB = sparse.lengths().view(-1, batch)[order]
-        bag_N = torch.repeat_interleave(bag_TB.flatten(), count_TB.flatten(), output_size=len(row_N))
-        return row_N, bag_N, (1 / count_TB.clamp(min=1)).t().flatten()
+        return Bags(row_N, count_TB.flatten().cumsum(0), tables=len(order), mean=True)
 
     def _check_ids(self, tables: Sequence[int], least_K: Tensor, most_K: Tensor) -> None:
         """Raises IdError where the least or the largest id that some of the tables are asked for is outside."""
@@ -503,11 +509,7 @@ class SparseTables(nn.Module):
         if self.place_R is None:
             yield self.groups[0], row_N, None
             return
-        ends = list(accumulate(len(g) for g in self.groups))
-        if self.place_R.device.type == "cpu":
-            for group, (index_N, chosen_N) in zip(self.groups, split(row_N, self.place_R, ends), strict=True):
-                yield group, index_N, chosen_N
-            return
+        ends = accumulate(len(g) for g in self.groups)
         place_N = self.place_R.index_select(0, row_N.to(self.place_R.device)).to(row_N.device)
         start, before_N = 0, torch.zeros_like(place_N, dtype=torch.bool)
         for group, end in zip(self.groups, ends, strict=True):
@@ -748,30 +750,51 @@ class _Collecting:
         self.collector.add(self.row_N, self.bag_N, self.weight_N, grad_XD)
 
 
-class _Spread(torch.autograd.Function):
-    """dense_BTD from weights and where they go; backward, the gradients of these weights alone.
+class _InMainMemory(torch.autograd.Function):
+    """dense_XD by compiled loops; the backward pass is fbgemm's update of the active weights alone.
 
-    `anchor` holds nothing: it has the backward pass come here, for the collector, also where no row holds a weight.
+    `anchor` holds nothing: it has the backward pass come here.
     """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, tables: SparseTables, bags: Bags, collecting: _Collecting | None) -> Tensor:
+        ctx.groups, ctx.collecting = tables.groups, collecting
+        memory = [(g.values_NS, g.positions_NS) for g in ctx.groups]
+        ctx.lookups = Compiled(bags, [g.size for g in ctx.groups], memory, tables.place_R)
+        return ctx.lookups.dense(tables.dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad_XD = grads[0].contiguous()
+        if ctx.collecting is not None:
+            ctx.collecting.add(grad_XD)
+        for group, (index_N, grad_NS) in zip(ctx.groups, ctx.lookups.gradients(grad_XD), strict=True):
+            if group.kernel is not None and len(index_N):
+                apply_gradients(group.kernel, index_N, grad_NS)
+        return None, None, None, None
+
+
+class _Spread(torch.autograd.Function):
+    """dense_XD from weights and where they go; backward, the gradients of these weights alone."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        shape: tuple[int, int, int],
+        shape: tuple[int, int],
         anchor: Tensor,
-        collecting: "_Collecting | None",
+        collecting: _Collecting | None,
         lookups: list[Lookups],
         *values: Tensor,
     ) -> Tensor:
-        ctx.lookups, ctx.collecting, ctx.dim = lookups, collecting, shape[2]
-        dense_XD = torch.zeros(shape[0] * shape[1], shape[2], device=anchor.device)
-        for value_XS, mine in zip(values, lookups, strict=True):
-            mine.add(value_XS, dense_XD)
-        return dense_XD.view(shape)
+        ctx.lookups, ctx.collecting = lookups, collecting
+        dense_XD = torch.zeros(shape, device=anchor.device)
+        for value_NS, mine in zip(values, lookups, strict=True):
+            mine.add(value_NS, dense_XD)
+        return dense_XD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        grad_XD = grads[0].contiguous().view(-1, ctx.dim)
+        grad_XD = grads[0].contiguous()
         found = [mine.gradients(grad_XD) for mine in ctx.lookups]
         if ctx.collecting is not None:
             ctx.collecting.add(grad_XD)

@@ -83,6 +83,11 @@ def test_every_density_has_its_rivals() -> None:
         assert {moving.dim, fixed.dim, pruned.dim} == {bench.DIM}
     alike = found["fixed mask 0.2, begun as the moving one"].sparsity
     assert alike == chosen.model_copy(update={"schedule": Schedule(grow="none")})
+    least, (below,) = (
+        found["smaller dim, bytes of 0.2"],
+        [k for k in bench.kinds(chosen, below=True) if k not in found.values()],
+    )
+    assert below == bench.Kind("smaller dim, fewer bytes than 0.2", 0.2, dim=least.dim - 4)
     plain = [kind.name for kind in bench.kinds(Sparsity(density=0.2))]
     assert not [name for name in plain if "begun" in name]
 

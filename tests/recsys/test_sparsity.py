@@ -386,6 +386,34 @@ def test_with_every_weight_it_is_fbgemms_dense_table(multi: bool, state: str, ac
                 assert ours.equal(theirs)
 
 
+@pytest.mark.parametrize("state", ["row", "element"])
+@pytest.mark.parametrize("multi", [False, True])
+def test_other_devices_train_alike(multi: bool, state: str) -> None:
+    """The tensor operations and fbgemm's autograd, which they use, here on the CPU. A mean's rounding differs."""
+    rng = np.random.default_rng(5)
+    mine, theirs = (
+        make([40, 30], 16, 0.3, multi=[1] if multi else [], state=state, schedule={"redistribute": 0.5})
+        for _ in range(2)
+    )
+    for step in range(6):
+        bags = jagged(random_bags(mine, 50, rng))
+        up = torch.from_numpy(rng.normal(size=(50, 2, 16))).float()
+        if step == 3:  # rows of several sizes
+            for tables in (mine, theirs):
+                tables.resize(torch.tensor([0, 45]), torch.tensor([1, 69]), torch.ones(2, 16))
+        found = mine(bags)
+        anchor = torch.empty(0, requires_grad=True)
+        expected = theirs._spread(theirs._bags(bags), anchor, None).view(found.shape)
+        (found * up).sum().backward()
+        (expected * up).sum().backward()
+        weights, sums = ([whole(of(t)) for t in (mine, theirs)] for of in (expanded.weights, expanded.sums))
+        for ours, other in ((found, expected), weights, sums):
+            torch.testing.assert_close(
+                ours, other, **({"atol": 1e-6, "rtol": 1e-5} if multi else {"atol": 0, "rtol": 0})
+            )
+    assert len(mine.groups) > 2
+
+
 def test_a_new_learning_rate_reaches_old_and_new_kernels() -> None:
     tables = make([40], 8, 0.5, schedule={"redistribute": 1.0})
     tables.set_learning_rate(0.0)
