@@ -5,19 +5,16 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from recsys.draws import mixed
-from recsys.sparsity.memory import FLOAT, ask
+from recsys.sparsity import loops
 
 # Shape suffixes: N = lookups of a batch, K = rows kept, D = embedding dimension, X = bags of a batch, H = slots of the
 # hash table.
 
 _FIRST = 2**12
 """Rows there is room for at first."""
-_AHEAD = 16
-"""Lookups that memory is asked for before their turn comes."""
 _SLACK = 4
 """Rows are left out when there are a fourth more than the limit, so that it is seldom to do."""
 
@@ -85,9 +82,9 @@ class Collector:
         """Add the first lookups, as many as there is room for their rows."""
         place_N = torch.empty_like(row_N)
         rows, slots = self._rows.numpy(), self._slots.numpy()
-        done, self._count = _find(row_N.numpy(), rows, self._count, slots, place_N.numpy())
+        done, self._count = loops.find(row_N.numpy(), rows, self._count, slots, place_N.numpy())
         places = place_N[:done].numpy()
-        _sum(places, bag_N.numpy(), weight_N.numpy(), grad_XD.numpy(), self._sums.numpy())
+        loops.sum_up(places, bag_N.numpy(), weight_N.numpy(), grad_XD.numpy(), self._sums.numpy())
         return done
 
     def _thin(self) -> None:
@@ -105,7 +102,7 @@ class Collector:
         self._rows, self._sums = torch.zeros(room, dtype=torch.int64), torch.zeros(room, self.dim)
         self._rows[:count], self._sums[:count] = rows_K, sums_KD
         self._slots = torch.full((2 ** (2 * room - 1).bit_length(),), -1, dtype=torch.int32)
-        _index(self._rows.numpy(), count, self._slots.numpy())
+        loops.index(self._rows.numpy(), count, self._slots.numpy())
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint needs of it."""
@@ -124,56 +121,3 @@ def _hash(row_N: Tensor, salt: int) -> Tensor:
     """In [0, 2^32)."""
     counter_N = row_N.numpy().astype(np.uint64) + np.uint64(salt) * np.uint64(2**32)
     return torch.from_numpy((mixed(counter_N) >> np.uint64(32)).astype(np.int64))
-
-
-@njit(cache=True, nogil=True)
-def _slot(row, rows_K, slots_H):
-    """Where in the hash table the row's place is, or belongs: linear probing from a multiplicative hash."""
-    slot = _first_slot(row, slots_H)
-    while slots_H[slot] >= 0 and rows_K[slots_H[slot]] != row:
-        slot = (slot + np.uint64(1)) & np.uint64(len(slots_H) - 1)
-    return slot
-
-
-@njit(cache=True, nogil=True)
-def _first_slot(row, slots_H):
-    return ((np.uint64(row) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) & np.uint64(len(slots_H) - 1)
-
-
-@njit(cache=True, nogil=True)
-def _index(rows_K, count, slots_H):
-    for place in range(count):
-        slots_H[_slot(rows_K[place], rows_K, slots_H)] = place
-
-
-@njit(cache=True, nogil=True)
-def _find(row_N, rows_K, count, slots_H, place_N):
-    """The places of lookups, new rows at the end, until there is no room: how far it came, and rows."""
-    slots, rows = np.uint64(slots_H.ctypes.data), np.uint64(rows_K.ctypes.data)
-    for n in range(len(row_N)):
-        if n + 2 * _AHEAD < len(row_N):
-            ask(slots + _first_slot(row_N[n + 2 * _AHEAD], slots_H) * np.uint64(4), np.uint64(4))
-            place = slots_H[_first_slot(row_N[n + _AHEAD], slots_H)]
-            ask(rows + np.uint64(max(place, 0)) * np.uint64(8), np.uint64(8))
-        slot = _slot(row_N[n], rows_K, slots_H)
-        if slots_H[slot] < 0:
-            if count == len(rows_K):
-                return n, count
-            rows_K[count], slots_H[slot] = row_N[n], count
-            count += 1
-        place_N[n] = slots_H[slot]
-    return len(row_N), count
-
-
-@njit(cache=True, nogil=True)
-def _sum(place_N, bag_N, weight_N, grad_XD, sums_KD):
-    size = np.uint64(grad_XD.shape[1]) * FLOAT
-    grads, sums = np.uint64(grad_XD.ctypes.data), np.uint64(sums_KD.ctypes.data)
-    for n in range(len(place_N)):
-        if n + _AHEAD < len(place_N):
-            ask(sums + np.uint64(place_N[n + _AHEAD]) * size, size)
-            ask(grads + np.uint64(bag_N[n + _AHEAD]) * size, size)
-        place, bag = np.uint64(place_N[n]), np.uint64(bag_N[n])
-        weight = weight_N[n] if len(weight_N) else np.float32(1)
-        for d in range(np.uint64(grad_XD.shape[1])):
-            sums_KD[place, d] += grad_XD[bag, d] * weight

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from base.errors import ConfigError
 from recsys.sparsity.collect import Collector, Seen
-from recsys.sparsity.kernels import exchange
 from recsys.sparsity.layout import UNIT
+from recsys.sparsity.loops import exchange
 from recsys.sparsity.tables import Group, SparseTables
 
 # Shape suffixes: R = rows of all tables, N = rows of a group, K = chosen rows, S = slots of a row, D = embedding

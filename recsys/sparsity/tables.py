@@ -491,7 +491,7 @@ class SparseTables(nn.Module):
         row_N = torch.cat(ids_T).long()
         for mine_N, start in zip(row_N.split([len(x) for x in ids_T]), self.starts, strict=True):
             mine_N += start
-        count_TB = sparse.lengths().view(-1, batch)[order]
+        count_TB = sparse.lengths().view(len(keys), batch)[order]
         return Bags(row_N, count_TB.flatten().cumsum(0), tables=len(order), mean=True)
 
     def _check_ids(self, tables: Sequence[int], least_K: Tensor, most_K: Tensor) -> None:
@@ -698,11 +698,18 @@ def read_groups(tensors: Mapping[str, Tensor], dim: int, where: Any) -> tuple[Te
     for size, count in zip(*(x.tolist() for x in torch.unique(sizes_R, return_counts=True)), strict=True):
         values_NS, positions_NS = tensors.get(f"values.{size}"), tensors.get(f"positions.{size}")
         shape, extra = (count, slots_of(size)), extra - {f"values.{size}", f"positions.{size}"}
-        for name, found in (("values", values_NS), ("positions", positions_NS)):
+        for name, found, dtype in (
+            ("values", values_NS, torch.float32),
+            ("positions", positions_NS, torch.uint8),
+        ):
             if found is None or tuple(found.shape) != shape:
                 is_there = "nothing" if found is None else tuple(found.shape)
                 raise ArtefactError(
                     f"{where}: {name} of rows with {size} weights should be {shape}, found {is_there}; {damaged}"
+                )
+            if found.dtype != dtype:
+                raise ArtefactError(
+                    f"{where}: {name} of rows with {size} weights should be {dtype}, found {found.dtype}; {damaged}"
                 )
         assert values_NS is not None
         assert positions_NS is not None
@@ -753,18 +760,20 @@ class _Collecting:
 class _InMainMemory(torch.autograd.Function):
     """dense_XD by compiled loops; the backward pass is fbgemm's update of the active weights alone.
 
-    `anchor` holds nothing: it has the backward pass come here.
+    `anchor` holds nothing: it has the backward pass come here, for the step and for the collector.
     """
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, tables: SparseTables, bags: Bags, collecting: _Collecting | None) -> Tensor:
         ctx.groups, ctx.collecting = tables.groups, collecting
+        ctx.save_for_backward(anchor)  # so that a second backward pass, which would step again, is refused
         memory = [(g.values_NS, g.positions_NS) for g in ctx.groups]
         ctx.lookups = Compiled(bags, [g.size for g in ctx.groups], memory, tables.place_R)
         return ctx.lookups.dense(tables.dim)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        assert len(ctx.saved_tensors) == 1
         grad_XD = grads[0].contiguous()
         if ctx.collecting is not None:
             ctx.collecting.add(grad_XD)
@@ -775,7 +784,10 @@ class _InMainMemory(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """dense_XD from weights and where they go; backward, the gradients of these weights alone."""
+    """dense_XD from weights and where they go; backward, the gradients of these weights alone.
+
+    `anchor` is as in `_InMainMemory`: no row need hold a weight.
+    """
 
     @staticmethod
     def forward(

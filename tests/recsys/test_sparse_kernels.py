@@ -100,18 +100,39 @@ def test_where_bags_are() -> None:
 def test_what_is_added_does_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """No bag is divided among them."""
     monkeypatch.setattr(kernels, "_PART", 1)
-    before, found = torch.get_num_threads(), []
+    found: list[list[Tensor]] = []
     for threads in (1, 2, 7):
-        torch.set_num_threads(threads)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         rng = np.random.default_rng(0)
         asked = bags(rng, mean=True)
         mine = Compiled(asked, [4, 8], *groups(rng, [4, 8]))
         assert len(mine._cuts) == threads + 1
         dense_XD = mine.dense(DIM)
         found.append([dense_XD, *(x for both in mine.gradients(dense_XD) for x in both)])
-    torch.set_num_threads(before)
     for others in found[1:]:
         assert all(a.equal(b) for a, b in zip(found[0], others, strict=True))
+
+
+def test_what_the_loops_would_misread_is_refused() -> None:
+    """They go by address, beyond which is somebody else's memory."""
+    rng = np.random.default_rng(0)
+    asked = bags(rng, mean=True)
+    ((values_NS, positions_NS),), place_R = groups(rng, [8])
+    Compiled(asked, [8], [(values_NS, positions_NS)], None)
+    for wrong in (
+        (values_NS.double(), positions_NS),
+        (values_NS, positions_NS.long()),
+        (values_NS[:, :6].contiguous(), positions_NS[:, :6].contiguous()),
+        (values_NS.t().contiguous().t(), positions_NS),
+    ):
+        with pytest.raises(AssertionError):
+            Compiled(asked, [8], [wrong], None)
+    with pytest.raises(AssertionError):
+        Compiled(asked, [], [], None)
+    with pytest.raises(AssertionError):
+        Compiled(asked, [8], [(values_NS, positions_NS)], place_R.long())
+    with pytest.raises(AssertionError):
+        Compiled(Bags(asked.row_N[1:], asked.ends_X, TABLES, mean=True), [8], [(values_NS, positions_NS)], None)
 
 
 def test_nothing_is_looked_up() -> None:

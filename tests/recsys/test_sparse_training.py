@@ -396,6 +396,10 @@ def broken(tensors: dict[str, Tensor]) -> dict[str, tuple[dict[str, Tensor], str
             shorter,
             rf"positions of rows with 4 weights should be \({count}, 4\), found \({count - 1}, 4\); rest",
         ),
+        "wider": (
+            {**tensors, "values.4": tensors["values.4"].double()},
+            r"values of rows with 4 weights should be torch\.float32, found torch\.float64; restore or rebuild it",
+        ),
         "missing": (
             without,
             r"values of rows with 8 weights should be \(.*, 8\), found nothing; restore or rebuild it",

@@ -386,6 +386,27 @@ def test_with_every_weight_it_is_fbgemms_dense_table(multi: bool, state: str, ac
                 assert ours.equal(theirs)
 
 
+def test_a_second_backward_pass_is_refused() -> None:
+    """It would step again."""
+    tables = make([5], 8, 0.5)
+    loss = tables(jagged([[[1], [4]]])).sum()
+    loss.backward()
+    before = whole(expanded.weights(tables))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+    assert whole(expanded.weights(tables)).equal(before)
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_no_examples(multi: bool) -> None:
+    tables = make([40, 30], 8, 0.5, multi=[1] if multi else [])
+    before = whole(expanded.weights(tables))
+    found = tables(jagged([[], []]))
+    assert found.shape == (0, 2, 8)
+    found.sum().backward()
+    assert whole(expanded.weights(tables)).equal(before)
+
+
 @pytest.mark.parametrize("state", ["row", "element"])
 @pytest.mark.parametrize("multi", [False, True])
 def test_other_devices_train_alike(multi: bool, state: str) -> None:
