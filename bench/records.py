@@ -1,5 +1,6 @@
 """Records of measurements: one JSON line per (configuration, seed), with the commit it was measured at."""
 
+import gc
 import hashlib
 import json
 import statistics
@@ -78,6 +79,7 @@ def run_jobs(file: Path, jobs: Sequence[Job], *, budget_seconds: float) -> None:
         if spent + durations.get(job.name, 0) > budget_seconds:
             print(f"{job.name} seed {seed}: left out, the budget of {budget_seconds:.0f} s would not suffice")
             continue
+        gc.collect()  # models refer to themselves in circles; waiting for the collector, tables of several jobs pile up
         begun = time.perf_counter()
         figures = job.measure(seed)
         durations[job.name] = time.perf_counter() - begun

@@ -59,7 +59,14 @@ _float_at, _byte_at = _read(ir.FloatType(), types.float32), _read(ir.IntType(8),
 
 @njit(cache=True, nogil=True)
 def _ask(address, size):
-    """Have the lines that hold `size` bytes come to the cache. An address that is nobody's does no harm."""
+    """Have the first and the last of `size` bytes come to the cache. An address that is nobody's does no harm."""
+    _prefetch(address)  # pyright: ignore[reportCallIssue]
+    _prefetch(address + size - np.uint64(1))  # pyright: ignore[reportCallIssue]
+
+
+@njit(cache=True, nogil=True)
+def _ask_all(address, size):
+    """All of them."""
     for line in range(address & ~(_LINE - np.uint64(1)), address + size, _LINE):
         _prefetch(line)  # pyright: ignore[reportCallIssue]
 
@@ -101,7 +108,7 @@ def add(
     placed, asked, ready = len(place_R) > 0, n, n
     for x in range(first, last):
         bag, end = _bag(x, batch, tables), ends_X[x]
-        _ask(dense + _bag(x + _BAGS_AHEAD, batch, tables) * dim * _FLOAT, dim * _FLOAT)
+        _ask_all(dense + _bag(x + _BAGS_AHEAD, batch, tables) * dim * _FLOAT, dim * _FLOAT)
         share = np.float32(1) / np.float32(end - n) if mean and end > n else np.float32(1)
         for d in range(dim):
             dense_XD[bag, d] = 0
@@ -160,7 +167,7 @@ def gradients(
     stop = ends_X[last - 1] if last else 0
     for x in range(first, last):
         bag, end = _bag(x, batch, tables), ends_X[x]
-        _ask(dense + _bag(x + _BAGS_AHEAD, batch, tables) * dim * _FLOAT, dim * _FLOAT)
+        _ask_all(dense + _bag(x + _BAGS_AHEAD, batch, tables) * dim * _FLOAT, dim * _FLOAT)
         share = np.float32(1) / np.float32(end - n) if mean and end > n else np.float32(1)
         while n < end:
             if n + _AHEAD < stop:
@@ -267,8 +274,8 @@ def sum_up(place_N, bag_N, weight_N, grad_XD, sums_KD):
     grads, sums = np.uint64(grad_XD.ctypes.data), np.uint64(sums_KD.ctypes.data)
     for n in range(len(place_N)):
         if n + _WIDE_AHEAD < len(place_N):
-            _ask(sums + np.uint64(place_N[n + _WIDE_AHEAD]) * size, size)
-            _ask(grads + np.uint64(bag_N[n + _WIDE_AHEAD]) * size, size)
+            _ask_all(sums + np.uint64(place_N[n + _WIDE_AHEAD]) * size, size)
+            _ask_all(grads + np.uint64(bag_N[n + _WIDE_AHEAD]) * size, size)
         place, bag = np.uint64(place_N[n]), np.uint64(bag_N[n])
         weight = weight_N[n] if len(weight_N) else np.float32(1)
         for d in range(np.uint64(grad_XD.shape[1])):
