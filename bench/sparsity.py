@@ -6,9 +6,10 @@
     python -m bench.sparsity --table                       print the tables from the records
 
 Rivals of a sparse model: the dense one; a dense one of smaller dim, whose tables and optimizer state take no fewer
-bytes; a fixed random mask; the largest weights of a trained dense model. All have the run file's settings; what was
-chosen for sparse models was chosen on validation rows. The best epoch is that of the validation rows, the test rows are
-read once. Times are medians of interleaved turns, dense and sparse in one process; memory is of processes of their own.
+bytes, on Gowalla also the next smaller one; a fixed random mask; the largest weights of a trained dense model. All
+have the run file's settings; what was chosen for sparse models was chosen on validation rows. The best epoch is that
+of the validation rows, the test rows are read once. Times are medians of interleaved turns, dense and sparse in one
+process; memory is of processes of their own.
 """
 
 import argparse
