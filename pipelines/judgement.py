@@ -67,7 +67,8 @@ def section(target: Path, bundle: str, drawn: list[Plot]) -> page.Html:
     comparisons = [Comparison(**row) for row in pl.read_parquet(folder / "comparisons.parquet").iter_rows(named=True)]
     against = f"version {record['champion']}" if record["champion"] else "no champion"
     parts = [page.tag("p", f"Version {record['candidate']} against {against}: {verdict.decision}.")]
-    parts += [page.tag("p", str(reason)) for reason in verdict.reasons if reason.ruling != "pass"]
+    unnumbered = [reason["text"] for reason in record["evidence"]["reasons"]]
+    parts += [page.tag("p", str(r)) for r in verdict.reasons if r.ruling != "pass" or r.text in unnumbered]
     if shown := list(_drawable(comparisons)):
         caption = "A bar wholly left of equal, its dot left of the margin, refuses."
         parts.append(page.figure(drawn, plots.forest("gate", shown), "Candidate and champion", caption))

@@ -36,13 +36,15 @@ def bounds(
 
     Each reaches equally many bootstrap standard errors to both sides, as many as the farthest of the K estimates is
     off in that share of the draws (Romano and Wolf 2005, Econometrica 73). Of one number alone that is the ordinary
-    symmetric interval. A draw in which a number is undefined counts as infinitely far off.
+    symmetric interval. A number that is undefined in more than 1 - confidence of the draws has no ends, and no part in
+    the others' reach; nor has a draw in which a number is undefined.
     """
     off_DK: NDArray[Any] = np.abs(drawn_DK - estimate_K)
     known_DK = np.isfinite(off_DK)
     squares_K = np.where(known_DK, off_DK, 0.0) ** 2
     error_K = np.sqrt(squares_K.sum(axis=0) / np.maximum(known_DK.sum(axis=0), 1))
-    far_DK = np.where(known_DK, off_DK / np.where(error_K > 0, error_K, 1), np.inf)
+    has_ends_K = known_DK.mean(axis=0) >= confidence
+    far_DK = np.where(known_DK & has_ends_K, off_DK / np.where(error_K > 0, error_K, 1), 0.0)
     reach = float(np.quantile(far_DK.max(axis=1), confidence, method="higher"))
-    width_K = np.full_like(error_K, np.inf) if math.isinf(reach) else reach * error_K
+    width_K = np.where(has_ends_K, reach * error_K, np.inf)
     return estimate_K - width_K, estimate_K + width_K

@@ -18,6 +18,8 @@ from recsys.gate import Comparison, Evidence, Gates, Limit, Margins, OutputGates
 
 QUANTITIES = ("auc", "log_loss", "normalized_entropy", "calibration")
 _SLICED = ("auc", "log_loss")
+_NAMED = 5
+"""Slices that are named in one sentence."""
 
 
 def compare(
@@ -34,8 +36,9 @@ def compare(
 
     Of every output: AUC, log loss, normalized entropy and calibration of all its rows, AUC and log loss of the slices
     of the columns in `by` that are large enough, and how far its scores have moved. Intervals are from a bootstrap
-    over the values of the column `user`, or else over rows. Whatever cannot be measured is a reason that the evidence
-    gives, not an error. The same tables and gates give the same evidence.
+    over the values of the column `user`, or else over rows. Slices of too few of them are reported as not measurable,
+    and take no part in the intervals of the others. Whatever cannot be measured is a reason that the evidence gives,
+    not an error. The same tables and gates give the same evidence.
     """
     if champion is not None and (fault := _unlike(candidate, champion, [*outputs, *champion_outputs])):
         return Evidence(champion=True, reasons=(Reason(ruling="refuse", text=fault),))
@@ -95,15 +98,25 @@ def _of_output(
         broken, compared = only(f"the champion's scores: {fault}", "hold").reasons, None
     known_N = metrics.in_space(candidate, output).to_numpy()
     labels_N = (candidate[output.label].filter(known_N) == 1).to_numpy()
-    if fault := _too_few(labels_N, output, own):
+    units_N = _units(candidate, user, known_N)
+    if fault := _too_few(labels_N, units_N, output, own, user):
         if own.required:
             return only(f"{fault}; judge on another day")
         return only(f"{fault}; it is not required, so the others decide", "pass")
     tables = [candidate] if compared is None else [candidate, compared]
     scores_MN = [table[output.name].filter(known_N).to_numpy().astype(np.float64) for table in tables]
-    units_N = _units(candidate, user, known_N)
     whole = _Rows("all", np.arange(labels_N.size), labels_N, scores_MN)
-    slices = list(_slices(candidate, by, known_N, labels_N, scores_MN, own)) if compared is not None else []
+    slices: list[_Rows] = []
+    few: list[str] = []
+    reasons = list(broken)
+    for name, inside in _slices(candidate, by, known_N, labels_N, own) if compared is not None else ():
+        held = _holders(labels_N[inside], units_N if units_N is None else units_N[inside])
+        if held < own.min_units:
+            few.append(f"{name} ({held:,})")
+        else:
+            slices.append(_Rows(name, inside, labels_N, scores_MN))
+    if few:
+        reasons += only(_not_measurable(few, own, user), "pass").reasons
     units = labels_N.size if units_N is None else int(units_N.max()) + 1
     drawn = _draw([whole, *slices], units_N, units, gates)
     confidence = gates.confidence
@@ -117,14 +130,16 @@ def _of_output(
     limits = [*_limits(whole, drawn[0], output.name, own, confidence)]
     if compared is not None:
         limits += _shift(compared[output.name], candidate[output.name], output.name, own)
-    return Evidence(champion=True, comparisons=tuple(comparisons), limits=tuple(limits), reasons=broken)
+    return Evidence(champion=True, comparisons=tuple(comparisons), limits=tuple(limits), reasons=tuple(reasons))
 
 
 def _not_probabilities(column: pl.Series) -> str | None:
     return metrics.probability_faults(column.drop_nulls().to_numpy(), nulls=column.null_count())
 
 
-def _too_few(labels_N: NDArray[np.bool_], output: Output, own: OutputGates) -> str | None:
+def _too_few(
+    labels_N: NDArray[np.bool_], units_N: NDArray[np.int64] | None, output: Output, own: OutputGates, user: str | None
+) -> str | None:
     """Why nothing can be said of these rows."""
     rows, positives = labels_N.size, int(labels_N.sum())
     if not rows:
@@ -134,7 +149,31 @@ def _too_few(labels_N: NDArray[np.bool_], output: Output, own: OutputGates) -> s
     if min(positives, rows - positives) < own.min_positives:
         few, what = min((positives, "positive"), (rows - positives, "negative"))
         return f"only {few} of {rows:,} rows are {what}, fewer than gate.min_positives = {own.min_positives}"
+    if (units := _holders(labels_N, units_N)) < own.min_units:
+        held = f"all its positive or all its negative rows are of {units:,} {_unit(user)}"
+        return f"{held}, fewer than gate.min_units = {own.min_units}"
     return None
+
+
+def _holders(labels_N: NDArray[np.bool_], units_N: NDArray[np.int64] | None) -> int:
+    """How many units have a row of the class that fewer units have."""
+    if units_N is None:
+        return min(int(labels_N.sum()), int((~labels_N).sum()))
+    return min(np.unique(units_N[labels_N]).size, np.unique(units_N[~labels_N]).size)
+
+
+def _unit(user: str | None) -> str:
+    return "rows" if user is None else f"values of {user!r}"
+
+
+def _not_measurable(few: Sequence[str], own: OutputGates, user: str | None) -> str:
+    """What is told of slices that the bootstrap can say nothing of; each is named with its number of units."""
+    names = ", ".join(few[:_NAMED]) + (f" and {len(few) - _NAMED:,} more" if len(few) > _NAMED else "")
+    slices = "1 slice is" if len(few) == 1 else f"{len(few):,} slices are"
+    return (
+        f"{slices} not measurable, since all positive or all negative rows are of fewer {_unit(user)} than "
+        f"gate.min_units = {own.min_units}: {names}"
+    )
 
 
 def _units(table: pl.DataFrame, user: str | None, known_N: NDArray[np.bool_]) -> NDArray[np.int64] | None:
@@ -199,10 +238,9 @@ def _slices(
     by: Sequence[str],
     known_N: NDArray[np.bool_],
     labels_N: NDArray[np.bool_],
-    scores_MN: Sequence[NDArray[Any]],
     own: OutputGates,
-) -> Iterator[_Rows]:
-    """Those that are large enough."""
+) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    """Names and rows of those that have rows enough."""
     for column in dict.fromkeys(by):
         part = metrics.cut(table[column])
         codes_N = part.codes[known_N]
@@ -211,7 +249,7 @@ def _slices(
             positives = int(labels_N[inside].sum())
             fewer = min(positives, inside.size - positives)
             if inside.size >= own.min_slice_rows and fewer >= max(own.min_slice_positives, 1):
-                yield _Rows(f"{column} = {value}", inside, labels_N, scores_MN)
+                yield f"{column} = {value}", inside
 
 
 def _draw(

@@ -50,5 +50,23 @@ def test_equal_has_no_width_and_undefined_has_no_end() -> None:
     draws_DK[:50, 1] = np.nan
     lower_K, upper_K = bounds(np.zeros(2), draws_DK, 0.95)
     assert (lower_K[1], upper_K[1]) == (-np.inf, np.inf)
+    assert (lower_K[0], upper_K[0]) == (0, 0)
     lower_K, upper_K = bounds(np.zeros(1), np.full((200, 1), np.nan), 0.95)
     assert (lower_K[0], upper_K[0]) == (-np.inf, np.inf)
+
+
+def test_what_is_undefined_widens_no_other() -> None:
+    rng = np.random.default_rng(0)
+    draws_DK = rng.normal(size=(400, 3))
+    alone_K = bounds(np.zeros(2), draws_DK[:, :2], 0.95)[1]
+    for share in (0.03, 0.5, 1):  # of the draws; every twentieth may be undefined, and the number still has ends
+        draws_DK[: int(share * 400), 2] = np.nan
+        lower_K, upper_K = bounds(np.zeros(3), draws_DK, 0.95)
+        assert (upper_K[:2] >= alone_K).all()
+        assert (upper_K[:2] <= 1.3 * alone_K).all()
+        assert np.isfinite(lower_K[2]) == (share < 0.05)
+    np.testing.assert_array_equal(upper_K[:2], alone_K)
+    many_DK = rng.normal(size=(400, 40))
+    for k in range(40):  # each in 4 % of the draws, together in more than half of them
+        many_DK[rng.choice(400, 16, replace=False), k] = np.nan
+    assert np.isfinite(bounds(np.zeros(40), many_DK, 0.95)[1]).all()

@@ -102,7 +102,7 @@ def test_an_equal_model_always_passes(unsure: Any) -> None:
     nothing = {name: Share(amount=0) for name in Margins.model_fields}
     for seed, rows in ((0, 300), (1, 3000)):
         _, champion = pair(rows, seed)
-        gates = Gates(margins=Margins(**nothing), unsure=unsure, min_slice_rows=40, min_slice_positives=5)
+        gates = Gates(margins=Margins(**nothing), unsure=unsure, min_slice_rows=40, min_slice_positives=5, min_units=5)
         evidence = evidence_on(champion, champion, gates, by=["device"])
         assert judge(evidence, gates).promoted
         assert len(evidence.comparisons) == 4 + 2 * 5
@@ -370,3 +370,20 @@ def test_other_rows_are_refused(change: Callable[[pl.DataFrame], pl.DataFrame], 
     verdict = verdict_on(candidate, change(champion))
     assert verdict.decision == "refused"
     assert verdict.reasons[0].text.startswith(sentence)
+
+
+@pytest.mark.parametrize("positives_of", ["users", "nobody else"])
+def test_an_output_whose_rows_are_of_few_users_is_not_judged(positives_of: str) -> None:
+    """Whichever class they hold: all rows, or all the positive ones."""
+    tables = pair(2000)
+    other = pl.col("id") if positives_of == "nobody else" else pl.col("id") % 19
+    candidate, champion = (
+        t.with_columns(user=pl.when(pl.col("click") == 1).then(pl.col("id") % 19).otherwise(other)) for t in tables
+    )
+    verdict = verdict_on(candidate, champion, user="user")
+    assert verdict.decision == "refused"
+    told = "p: all its positive or all its negative rows are of 19 values of 'user', fewer than gate.min_units = 20"
+    assert verdict.reasons[0].text.startswith(told)
+    optional = Gates(required=False)
+    assert judge(evidence_on(candidate, champion, optional, user="user"), optional).reasons[-1].text.startswith(told)
+    assert verdict_on(candidate, champion, Gates(min_units=19), user="user").promoted
