@@ -30,14 +30,14 @@ def held_out(run: Run, partition: str | None) -> list[str]:
     return partitions
 
 
-def scored_table(run: Run, bundle: Bundle, partitions: Sequence[str]) -> pl.DataFrame:
-    """Keys, labels, slices, known truth and probabilities of the good rows of raw partitions."""
+def scored_table(run: Run, bundle: Bundle, partitions: Sequence[str], *, log_odds: bool = False) -> pl.DataFrame:
+    """Keys, labels, slices, known truth and probabilities (and their log-odds) of the good rows of raw partitions."""
     labels = {carried(label): label for label in run.labels}
     carry = list(dict.fromkeys([*run.data.key, *labels, *run.evaluate.columns]))
     parts: list[pl.DataFrame] = []
     for partition in partitions:
         good = run.source.checked(partition).filter(pl.col(REASON).is_null())
-        parts += list(score(bundle, good, carry=carry))
+        parts += list(score(bundle, good, carry=carry, log_odds=log_odds))
     if not parts or not sum(p.height for p in parts):
         raise DataError(
             f"{', '.join(partitions)}: {run.data.path} has no rows to measure on; check the path and data.split"

@@ -26,7 +26,7 @@ from pipelines.rankings import ranking_of, write_ranking
 from pipelines.sparse_tables import described, figures, sentence, with_description
 from pipelines.tracking import registry_of
 from recsys import processes
-from recsys.bundle import NOWHERE, Bundle, Origin, golden_rows, load_model
+from recsys.bundle import NOWHERE, Bundle, Origin, golden_rows, load_model, log_odds_of
 from recsys.calibration import Calibrator, fit_calibrator
 from recsys.contrast.corpus import Corpus
 from recsys.data import ExampleStream
@@ -196,13 +196,14 @@ def _calibrators(run: Run, bundle: Bundle) -> dict[str, Calibrator]:
         return {}
     wanted = run.calibrate.outputs or [o.name for o in bundle.outputs]
     partition = run.calibrate.partition
-    scored = scored_table(run, bundle, [partition] if partition else run.source.partitions("valid"))
+    scored = scored_table(run, bundle, [partition] if partition else run.source.partitions("valid"), log_odds=True)
     fitted: dict[str, Calibrator] = {}
     for output in bundle.outputs:
         if output.name in wanted:
             rows = scored.filter(in_space(scored, output))
+            odds = rows[log_odds_of(output.name)]
             fitted[output.name] = fit_calibrator(
-                run.calibrate.method, rows[output.label], rows[output.name], name=output.name
+                run.calibrate.method, rows[output.label], rows[output.name], odds, name=output.name
             )
     return fitted
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from torch import Tensor
 
@@ -105,23 +106,39 @@ class Bundle:
         yield from self.predict_examples(examples, batch_size=batch_size, policy=policy, count=count)
 
     def predict_examples(
-        self, examples: pl.DataFrame, *, batch_size: int, policy: IdPolicy = "error", count: IdCount | None = None
+        self,
+        examples: pl.DataFrame,
+        *,
+        batch_size: int,
+        policy: IdPolicy = "error",
+        count: IdCount | None = None,
+        log_odds: bool = False,
     ) -> Iterator[pl.DataFrame]:
-        """The same from rows that the bundle's own features have transformed."""
+        """The same from rows that the bundle's own features have transformed.
+
+        With `log_odds` each output's log(p / (1 - p)) follows as `log_odds_of` it, Float64 and not calibrated.
+        """
         columns = to_columns(examples, self.schema, labels=False, policy=policy, count=count)
         names = [o.name for o in self.outputs]
         self.model.eval()
         for batch in batches(columns, batch_size):
             with torch.no_grad():
-                p_BO = self.model.probabilities(self.model(batch.to(self.device))).float().cpu().numpy()
-            if not np.isfinite(p_BO).all():
-                raise DataError(
-                    f"{(~np.isfinite(p_BO)).sum()} of {p_BO.size} probabilities are not finite; do not publish"
-                )
+                logits_BL = self.model(batch.to(self.device))
+                p_BO = self.model.probabilities(logits_BL).float().cpu().numpy()
+                odds_BO = None
+                if log_odds or self.calibrators:
+                    odds_BO = self.model.log_odds(logits_BL).cpu().numpy()
+            wrong_BO = ~np.isfinite(p_BO if odds_BO is None else p_BO + odds_BO)
+            if wrong_BO.any():
+                raise DataError(f"{wrong_BO.sum()} of {p_BO.size} probabilities are not finite; do not publish")
+            found: dict[str, NDArray[Any]] = {}
             for i, name in enumerate(names):
-                if name in self.calibrators:
-                    p_BO[:, i] = calibrated(self.calibrators[name], p_BO[:, i])
-            yield pl.DataFrame({name: p_BO[:, i] for i, name in enumerate(names)})
+                found[name] = p_BO[:, i]
+                if odds_BO is not None and name in self.calibrators:
+                    found[name] = calibrated(self.calibrators[name], p_BO[:, i], odds_BO[:, i])
+            if log_odds and odds_BO is not None:
+                found |= {log_odds_of(name): odds_BO[:, i] for i, name in enumerate(names)}
+            yield pl.DataFrame(found)
 
     def check_golden(self) -> None:
         """Score the golden rows again. Raises ArtefactError if one differs by more than 1e-6."""
@@ -227,6 +244,11 @@ def load_model(
             )
     model.load_state_dict(dict(weights), strict=True, assign=True)
     return model.eval()
+
+
+def log_odds_of(output: str) -> str:
+    """Name of the column of an output's log-odds."""
+    return f"@log_odds {output}"
 
 
 def _calibrators(folder: Path) -> dict[str, Calibrator]:

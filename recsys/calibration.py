@@ -1,4 +1,4 @@
-"""Calibration: a monotone map from a model's probability to the one that a held-out day shows."""
+"""Calibration: a monotone map from a model's probability, or its log-odds, to the one that a held-out day shows."""
 
 from typing import Annotated, Literal, assert_never
 
@@ -21,11 +21,14 @@ _AGREEING = 1
 
 
 class Platt(Config):
-    """σ(slope · logit(p) + intercept). Platt 1999; two numbers, so that few positives suffice."""
+    """σ(slope · x + intercept) of the log-odds x. Platt 1999; two numbers, so that few positives suffice."""
 
     method: Literal["platt"] = "platt"
     slope: float
     intercept: float
+    of: Literal["probability", "log_odds"] = "probability"
+    """Where x is from: the model's own logits, in which no two rows become one; in Bundles of before the Float32
+    probability, cut at CLIP and 1 - CLIP, in which rows near 0 and 1 do."""
 
 
 class Isotonic(Config):
@@ -40,8 +43,13 @@ class Isotonic(Config):
 Calibrator = Annotated[Platt | Isotonic, Field(discriminator="method")]
 
 
-def fit_calibrator(method: Method, labels_N: ArrayLike, probabilities_N: ArrayLike, *, name: str) -> Calibrator:
-    """Learn the map of one output. Raises DataError if the rows hold only one class of its label."""
+def fit_calibrator(
+    method: Method, labels_N: ArrayLike, probabilities_N: ArrayLike, log_odds_N: ArrayLike, *, name: str
+) -> Calibrator:
+    """Learn the map of one output from its probabilities and their log-odds, of which Platt's takes the latter.
+
+    Raises DataError if the rows hold only one class of its label.
+    """
     y_N, p_N = np.asarray(labels_N, np.float64), np.asarray(probabilities_N, np.float64)
     positives = int(y_N.sum())
     if positives in (0, y_N.size):
@@ -53,12 +61,12 @@ def fit_calibrator(method: Method, labels_N: ArrayLike, probabilities_N: ArrayLi
         case "platt":
             # Platt's targets: a class of n rows says (n + 1) / (n + 2), not certainty, or separable rows had no slope.
             target_N = np.where(y_N == 1, (positives + 1) / (positives + 2), 1 / (y_N.size - positives + 2))
-            x_N, ones_N = np.tile(_logit(p_N), 2)[:, None], np.ones(y_N.size)
+            x_N, ones_N = np.tile(np.asarray(log_odds_N, np.float64), 2)[:, None], np.ones(y_N.size)
             weight_N = np.concatenate([target_N, 1 - target_N])
             fitted = LogisticRegression(C=np.inf, max_iter=1000).fit(
                 x_N, np.concatenate([ones_N, 0 * ones_N]), sample_weight=weight_N
             )
-            return Platt(slope=float(fitted.coef_[0, 0]), intercept=float(fitted.intercept_[0]))
+            return Platt(slope=float(fitted.coef_[0, 0]), intercept=float(fitted.intercept_[0]), of="log_odds")
         case "isotonic":
             return _isotonic(y_N, p_N)
         case _:
@@ -84,12 +92,15 @@ def _isotonic(y_N: NDArray[np.float64], p_N: NDArray[np.float64]) -> Isotonic:
     return Isotonic(predicted=(0.0, *centre_K[inside_K].tolist(), 1.0), observed=(0.0, *knots.tolist(), 1.0))
 
 
-def calibrated(calibrator: Calibrator, probabilities_N: NDArray[np.float32]) -> NDArray[np.float32]:
+def calibrated(
+    calibrator: Calibrator, probabilities_N: NDArray[np.float32], log_odds_N: NDArray[np.float64]
+) -> NDArray[np.float32]:
     """Calibrated probabilities of the same shape."""
     p_N = probabilities_N.astype(np.float64)
     match calibrator:
         case Platt():
-            q_N = expit(calibrator.slope * _logit(p_N) + calibrator.intercept)
+            x_N = log_odds_N if calibrator.of == "log_odds" else _logit(p_N)
+            q_N = expit(calibrator.slope * x_N + calibrator.intercept)
         case Isotonic():
             q_N = np.interp(p_N, calibrator.predicted, calibrator.observed)
         case _:

@@ -10,7 +10,7 @@ from base.faults import faultpoint
 from base.storage import publish
 from features.columns import explained, require
 from features.schema import carried
-from recsys.bundle import Bundle
+from recsys.bundle import Bundle, log_odds_of
 from recsys.data import IdCount, IdPolicy
 
 CHUNK = 2**17
@@ -27,18 +27,23 @@ def score(
     batch_size: int = 8192,
     policy: IdPolicy = "error",
     count: IdCount | None = None,
+    log_odds: bool = False,
 ) -> Iterator[pl.DataFrame]:
     """Scored tables, chunk by chunk in the rows' order: the columns in `carry` as they are, then one per output.
 
+    With `log_odds` those follow, as `Bundle.predict_examples` gives them.
     Raises DataError if a column is missing or of another kind than in training.
     """
     require(carry, frame.collect_schema().names(), "score")
     kept = frame.with_columns(pl.col(c).alias(carried(c)) for c in carry)
     examples = bundle.features.transform(kept, keep=[carried(c) for c in carry])
+    columns: dict[str, type[pl.DataType]] = {o.name: pl.Float32 for o in bundle.outputs}
+    if log_odds:
+        columns |= {log_odds_of(o.name): pl.Float64 for o in bundle.outputs}
     with explained("scoring"):
         for chunk in examples.collect_batches(chunk_size=CHUNK, maintain_order=True, engine="streaming"):
-            parts = bundle.predict_examples(chunk, batch_size=batch_size, policy=policy, count=count)
-            scores = pl.concat([pl.DataFrame(schema={o.name: pl.Float32 for o in bundle.outputs}), *parts])
+            parts = bundle.predict_examples(chunk, batch_size=batch_size, policy=policy, count=count, log_odds=log_odds)
+            scores = pl.concat([pl.DataFrame(schema=columns), *parts])
             yield chunk.select(pl.col(carried(c)).alias(c) for c in carry).hstack(scores)
 
 

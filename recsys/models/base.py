@@ -3,13 +3,18 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from features.schema import Output, Schema
 from recsys.batch import Batch
 from recsys.losses import log_loss
 
 # Shape suffixes: B = batch, T = tasks (labels), L = logits, O = outputs.
+
+_LEAST = 1e-300
+"""The least 1 - p that has odds in double precision; 690 is the log of the largest."""
 
 
 class RankingModel(Protocol):
@@ -24,6 +29,10 @@ class RankingModel(Protocol):
 
     def probabilities(self, logits_BL: Tensor) -> Tensor:
         """probabilities_BO, in the order of `outputs`, corrected for down-sampled negatives."""
+        ...
+
+    def log_odds(self, logits_BL: Tensor) -> Tensor:
+        """log(p / (1 - p)) of the same, log_odds_BO in double precision: they tell apart what lies too near 0 or 1."""
         ...
 
     def loss(self, logits_BL: Tensor, labels_BT: Tensor) -> Tensor:
@@ -47,6 +56,12 @@ class PerLabel(nn.Module):
             return p_BT
         return p_BT * density(p_BT[:, self.sampled], self.negative_rate).unsqueeze(1)
 
+    def log_odds(self, logits_BL: Tensor) -> Tensor:
+        x_BT = logits_BL[:, : self.tasks].double()
+        if self.negative_rate == 1:
+            return x_BT
+        return odds_of(logsigmoid(x_BT) + log_density(x_BT[:, self.sampled], self.negative_rate).unsqueeze(1))
+
     def loss(self, logits_BL: Tensor, labels_BT: Tensor) -> Tensor:
         return log_loss(logits_BL[:, : self.tasks], labels_BT)
 
@@ -67,3 +82,17 @@ def density(sampled_B: Tensor, rate: float) -> Tensor:
     rate p'). Any event within a click is p'(event) Z: clicks and conversions alike. Given a click nothing changes.
     """
     return rate / (1 - (1 - rate) * sampled_B)
+
+
+def log_density(logits_B: Tensor, rate: float) -> Tensor:
+    """log Z from the logits x of p': Z = 1 / (1 + (1 - rate) / rate σ(-x)), which loses nothing where it is near 1."""
+    return -torch.log1p((1 - rate) / rate * (-logits_B).sigmoid())
+
+
+def odds_of(log_p: Tensor) -> Tensor:
+    """log p - log(1 - p) from log p, of any shape; also of a product, whose log p is a sum."""
+    log_p = log_p.clamp(max=-_LEAST)
+    near_one = log_p > -0.5
+    # Each side of the choice is kept finite where it is not chosen.
+    rest = torch.where(near_one, (-log_p.clamp(min=-0.5).expm1()).log(), (-log_p.clamp(max=-0.5).exp()).log1p())
+    return log_p - rest

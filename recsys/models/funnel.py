@@ -5,12 +5,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from base.errors import ConfigError
 from features.schema import Output, Schema
 from recsys.batch import Batch
 from recsys.embeddings import TableKind
-from recsys.models.base import density
+from recsys.models.base import density, log_density, odds_of
 from recsys.network import Network, NetworkConfig, embeddings
 
 # Shape suffixes: B = batch, L = logits (click, conversion, then what the loss needs), T = labels, O = outputs (3).
@@ -57,6 +58,11 @@ class Funnel(nn.Module, ABC):
         p_B, q_B = logits_BL[:, 0].sigmoid(), logits_BL[:, 1].sigmoid()
         p_B = p_B * self.kept(p_B)
         return torch.stack([p_B, q_B, p_B * q_B], dim=1)
+
+    def log_odds(self, logits_BL: Tensor) -> Tensor:
+        a_B, b_B = logits_BL[:, 0].double(), logits_BL[:, 1].double()
+        click_B, given_B = logsigmoid(a_B) + log_density(a_B, self.negative_rate), logsigmoid(b_B)
+        return odds_of(torch.stack([click_B, given_B, click_B + given_B], dim=1))
 
     def kept(self, p_B: Tensor) -> Tensor:
         """What turns a probability of a click, or of anything within one, among kept rows into one among all."""

@@ -96,6 +96,10 @@ class TwoTower(nn.Module):
         """similarity_B1 of each row's query and item: what items are ranked by, and no probability."""
         return (self.queries(logits_BL) * self.items(logits_BL)).sum(1, keepdim=True)
 
+    def log_odds(self, logits_BL: Tensor) -> Tensor:
+        """Raises TypeError: nobody calibrates a similarity (the run file refuses it)."""
+        raise TypeError("a similarity is no probability and has no odds")
+
     def count_items(self, counts_V: Tensor) -> None:
         """Learn from now on with the correction for items that occur so often, by id (row 0: without an id)."""
         counts_V = counts_V.double().clamp(min=1)

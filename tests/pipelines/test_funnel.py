@@ -24,7 +24,7 @@ from pipelines.score import score
 from pipelines.tracking import registry_of
 from pipelines.train import train
 from recsys import metrics
-from recsys.bundle import Bundle
+from recsys.bundle import Bundle, log_odds_of
 from recsys.calibration import Isotonic, Platt, calibrated
 
 ROWS = 2500
@@ -192,9 +192,10 @@ def test_the_bundle_is_calibrated_on_the_day_asked_for(run: Run) -> None:
         ratio = metrics.calibration_ratio(rows[output.label], rows[output.name])
         assert ratio == pytest.approx(1, abs=0.005), output.name  # Platt's intercept makes the sums equal
     uncalibrated = Bundle(**{**vars(bundle), "calibrators": {}})
-    plain = scored_table(run, uncalibrated, ["day=2026-03-04"])
+    plain = scored_table(run, uncalibrated, ["day=2026-03-04"], log_odds=True)
     for name in OUTPUTS:
-        np.testing.assert_array_equal(calibrated(bundle.calibrators[name], plain[name].to_numpy()), scored[name])
+        p, odds = plain[name].to_numpy(), plain[log_odds_of(name)].to_numpy()
+        np.testing.assert_array_equal(calibrated(bundle.calibrators[name], p, odds), scored[name])
     ratio = metrics.calibration_ratio(plain["click"], plain["p_click"])
     assert ratio == pytest.approx(1, abs=0.15)  # sampling is undone before; as sampled it would be
     p = plain["p_click"].to_numpy().astype(float)

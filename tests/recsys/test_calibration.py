@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -18,8 +19,9 @@ from base.errors import ArtefactError, DataError
 from base.storage import publish, resolve
 from features.pipeline import FeaturePipeline
 from features.transforms import Vocabulary
-from recsys.bundle import Bundle, golden_rows
-from recsys.calibration import Calibrator, Isotonic, Method, Platt, calibrated, fit_calibrator
+from recsys import calibration
+from recsys.bundle import Bundle, golden_rows, log_odds_of
+from recsys.calibration import Calibrator, Isotonic, Method, Platt
 from recsys.data import to_columns
 from recsys.metrics import CLIP, calibration_ratio, expected_calibration_error, log_loss, roc_auc
 from recsys.models import build_model
@@ -36,6 +38,20 @@ def logit(p: Array) -> Array:
 
 def sigmoid(x: Array) -> Array:
     return 1 / (1 + np.exp(-x))
+
+
+def fit_calibrator(method: Method, y: Any, p: Any, *, name: str) -> Calibrator:
+    """Of probabilities whose log-odds are known no better than Float32 knows them."""
+    return calibration.fit_calibrator(method, y, p, odds_of(p), name=name)
+
+
+def calibrated(made: Calibrator, p: Any) -> Any:
+    """The same of a map."""
+    return calibration.calibrated(made, p, odds_of(p))
+
+
+def odds_of(p: Any) -> Array:
+    return logit(np.clip(np.asarray(p, float), CLIP, 1 - CLIP))
 
 
 def distorted(rows: int, slope: float, intercept: float, seed: int = 0) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -234,6 +250,46 @@ def test_a_bundle_gives_calibrated_probabilities() -> None:
         assert np.abs((mapped[name] - raw[name]).to_numpy()).max() > 0.1
     assert mapped["p_click_and_buy"].equals(raw["p_click_and_buy"])  # which nobody asked to calibrate
     assert mapped.schema.dtypes() == [pl.Float32] * 3
+
+
+def test_platts_map_turns_no_pair_and_ties_only_what_float32_cannot_tell() -> None:
+    """Of a network so sure that its probabilities are 1 for many rows; of single logits and of their product."""
+    sure = bundle({})
+    sure = replace(sure, calibrators={o.name: Platt(slope=0.1, intercept=-1, of="log_odds") for o in sure.outputs})
+    with torch.no_grad():
+        for parameter in sure.model.parameters():
+            parameter *= 3
+    examples = sure.features.transform(RAW.lazy()).collect()
+    raw = next(replace(sure, calibrators={}).predict_examples(examples, batch_size=100, log_odds=True))
+    mapped = next(sure.predict_examples(examples, batch_size=100))
+    for name in sure.calibrators:
+        assert 3 < raw[name].eq(1).sum() < 100
+        x, q = raw[log_odds_of(name)].to_numpy(), mapped[name].to_numpy()
+        order = np.argsort(x)
+        assert (np.diff(q[order]) >= 0).all()
+        exact = sigmoid(0.1 * x - 1)
+        assert len(np.unique(q)) == len(np.unique(exact.astype(np.float32)))
+        assert len(np.unique(q)) > raw[name].n_unique()
+        np.testing.assert_allclose(q, exact, rtol=1e-6)
+
+
+def test_the_surest_rows_have_their_say_in_the_fit() -> None:
+    """Labels that follow a tenth of the log-odds, which reach beyond what a probability can say."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=40_000) * 25
+    y, p = rng.random(x.size) < sigmoid(0.1 * x), sigmoid(x).astype(np.float32)
+    found = calibration.fit_calibrator("platt", y, p, x, name="p_click")
+    assert isinstance(found, Platt)
+    assert (found.slope, found.intercept) == pytest.approx((0.1, 0), abs=0.03)
+    assert found.of == "log_odds"
+    assert calibration_ratio(y[x > 20], calibration.calibrated(found, p, x)[x > 20]) == pytest.approx(1, abs=0.02)
+
+
+def test_a_map_of_before_still_reads_probabilities() -> None:
+    adapter: TypeAdapter[Calibrator] = TypeAdapter(Calibrator)
+    old = adapter.validate_python({"method": "platt", "slope": 0.5, "intercept": -1.0})
+    p, x = np.array([0.2, 1], np.float32), np.array([-99.0, 99.0])
+    np.testing.assert_allclose(calibration.calibrated(old, p, x), sigmoid(0.5 * odds_of(p) - 1), rtol=1e-6)
 
 
 def test_a_bundle_keeps_its_calibration(tmp_path: Path) -> None:

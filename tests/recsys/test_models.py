@@ -1315,12 +1315,32 @@ def test_probabilities_learned_from_sampled_rows_are_those_of_all(rate: float, e
         ("multitask", sampled_B * q_B, 1e-9),
     ):
         x_BL = torch.from_numpy(np.stack([logit(sampled_B), logit(conversion_B), rng.normal(size=500)], axis=1))
-        found_BO = build_model(MODELS[name], schema).probabilities(x_BL).numpy()
+        model = build_model(MODELS[name], schema)
         expected = [p_B, q_B, p_B * q_B] if name in FUNNELS else [p_B, p_B * q_B]
-        np.testing.assert_allclose(found_BO, np.stack(expected, axis=1), rtol=tolerance)
-    alone = build_model(LRConfig(), examples.schema(negative_rate=rate))
-    found_BO = alone.probabilities(torch.from_numpy(logit(sampled_B))[:, None]).numpy()
-    np.testing.assert_allclose(found_BO[:, 0], p_B, rtol=1e-9)
+        np.testing.assert_allclose(model.probabilities(x_BL), np.stack(expected, axis=1), rtol=tolerance)
+        np.testing.assert_allclose(model.log_odds(x_BL), logit(np.stack(expected, axis=1)), rtol=1e-9, atol=1e-9)
+    alone, x_B1 = (
+        build_model(LRConfig(), examples.schema(negative_rate=rate)),
+        torch.from_numpy(logit(sampled_B))[:, None],
+    )
+    np.testing.assert_allclose(alone.probabilities(x_B1)[:, 0], p_B, rtol=1e-9)
+    np.testing.assert_allclose(alone.log_odds(x_B1)[:, 0], logit(p_B), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rate", [0.1, 1.0])
+def test_log_odds_tell_apart_what_no_probability_can(rate: float, examples: Any) -> None:
+    """Far from 0 they are the logits, less the sampling's log(rate); 1 - pq is the sum of 1 - p and 1 - q there."""
+    far = torch.tensor([[50.0, 60.0], [50.0, 50.0], [-50.0, -60.0]])
+    esmm = plain(MODELS["esmm"], examples.schema(funnel=True, negative_rate=rate))
+    click, both = far[:, 0].double() + np.log(rate), [50 + np.log(rate), -np.log(np.exp(-50) / rate + np.exp(-50))]
+    found_BO = esmm.log_odds(far)
+    torch.testing.assert_close(found_BO[:, 0], click, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(found_BO[:, 1], far[:, 1].double(), rtol=1e-12, atol=1e-9)
+    np.testing.assert_allclose(
+        found_BO[:, 2], [both[0] - np.log1p(rate * np.exp(-10)), both[1], click[2] - 60], rtol=1e-12
+    )
+    division = plain(DivisionConfig(dim=8), examples.schema(funnel=True, negative_rate=rate))
+    assert division.log_odds(far.flip(1)).isfinite().all()  # whose quotient is cut at 1
 
 
 def test_division_of_two_vanishing_probabilities_is_a_probability(examples: Any) -> None:
