@@ -7,7 +7,7 @@ from typing import Any, Literal
 import mlflow
 import polars as pl
 
-from base.errors import ConfigError, DataError, RegistryError, Superseded
+from base.errors import ConfigError, DataError, Superseded
 from base.storage import read_manifest, resolve
 from pipelines.config import Run
 from pipelines.evaluate import rank_each, record, record_ranking
@@ -15,7 +15,7 @@ from pipelines.judgement import Judgement, publish_judgement
 from pipelines.line import follow
 from pipelines.measure import check_outputs, held_out, scored_table
 from pipelines.rankings import ask
-from pipelines.tracking import registry_of
+from pipelines.tracking import registry_alone, registry_of
 from recsys.bundle import Bundle
 from recsys.device import pick_device
 from recsys.gate import Evidence, Reason, Verdict, judge, seen, superseded
@@ -28,17 +28,31 @@ from recsys.retrieval import recall_by_chance, recall_by_popularity
 _TAGS = {"promoted": "passed", "refused": "refused", "held": "held"}
 
 
-def promote(run: Run, *, version: str | None = None, partition: str | None = None, approve: bool = False) -> Verdict:
+def promote(
+    run: Run,
+    *,
+    version: str | None = None,
+    partition: str | None = None,
+    approve: bool = False,
+    say: Callable[[str], None] = print,
+) -> Verdict:
     """Judge a version (by default the day's, or else the challenger), publish the verdict, promote it if it passes.
 
     Each model computes its own features from the raw rows; retrieval models are judged by full ranking. `approve`
     promotes a version that is held, not one that is refused. Run again, it comes to the same verdict, and judging the
-    champion changes nothing: the alias moves last.
+    champion changes nothing: the alias moves last. Of two at once, the second judges against what the first left.
     Raises RegistryError if another version has become champion meanwhile, Superseded if the champion has learned from
     later days than the candidate, DataError if either has learned from the day.
     """
     check_outputs(run)
     registry = registry_of(run)
+    with registry_alone(run, say):
+        return _promote(run, registry, version, partition, approve=approve)
+
+
+def _promote(
+    run: Run, registry: ModelRegistry, version: str | None, partition: str | None, *, approve: bool
+) -> Verdict:
     candidate = _candidate(run, registry, version)
     champion = registry.champion()
     partition = partition or (f"day={run.day}" if run.day else None)
@@ -78,11 +92,8 @@ def promote(run: Run, *, version: str | None = None, partition: str | None = Non
     against = [str(r) for r in verdict.reasons if r.ruling != "pass"]
     registry.tag(candidate, {"gate": decision, "gate.reasons": "; ".join(against)[:4000]})
     if verdict.promoted:
-        if registry.champion() != champion:
-            raise RegistryError(
-                f"model {registry.name!r}: another version became champion while version {candidate.version} was "
-                "judged; run `recsys promote` again"
-            )
+        against_it = f"version {candidate.version} was judged against it; run `recsys promote` again"
+        registry.require_champion(champion and champion.version, against_it)
         registry.promote(candidate, again=version is not None)
         follow(run, bundle.origin.line)
     return verdict

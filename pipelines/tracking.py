@@ -1,14 +1,16 @@
 """The MLflow of a run, which must not share a database with Airflow."""
 
 import os
+from collections.abc import Callable
 from configparser import ConfigParser
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from base.errors import ConfigError
-from base.storage import MANIFEST
+from base.storage import MANIFEST, exclusive
 from pipelines.config import Run
 from recsys.bundle import Bundle
 from recsys.registry import ModelRegistry
@@ -21,12 +23,28 @@ def registry_of(run: Run) -> ModelRegistry:
     """The run's MLflow. Raises RegistryError if it does not answer, ConfigError if the environment gives it Airflow's
     database."""
     refuse_shared(run, [uri for uri in [os.environ.get(AIRFLOW_DATABASE)] if uri])
-    return ModelRegistry(
-        run.tracking_uri,
-        experiment=run.mlflow.experiment,
-        name=run.mlflow.model,
-        reference_above_mb=run.mlflow.reference_above_mb,
-    )
+    # Two at once would both make a new database's tables, and the experiment.
+    with exclusive(_locks(run), lambda _: None):
+        return ModelRegistry(
+            run.tracking_uri,
+            experiment=run.mlflow.experiment,
+            name=run.mlflow.model,
+            reference_above_mb=run.mlflow.reference_above_mb,
+        )
+
+
+def registry_alone(run: Run, say: Callable[[str], None]) -> AbstractContextManager[None]:
+    """Registering, promotion and rollback of one model name exclude each other; who comes later waits, and says so.
+
+    The lock lies beside an SQLite database, or else in the output folder: whoever shares neither is not kept out, and
+    is the reason why each looks at the champion again before it moves.
+    """
+    return exclusive(_locks(run) / run.mlflow.model, say)
+
+
+def _locks(run: Run) -> Path:
+    kind, file, *_ = (*_database(run.tracking_uri), "")
+    return (Path(file).parent if kind == "sqlite" else run.output) / "registry"
 
 
 def model_of(run: Run, model: str) -> tuple[Bundle, str, str | None]:

@@ -14,7 +14,7 @@ from mlflow.data.meta_dataset import MetaDataset
 
 import serving.pyfunc as served
 from base.errors import DataError
-from base.storage import dump_json, read_manifest, resolve
+from base.storage import dump_json, exclusive, read_manifest, resolve
 from features.pipeline import FittedPipeline
 from features.source import REASON
 from features.split import DaySplit, days_of
@@ -24,7 +24,7 @@ from pipelines.measure import check_outputs, scored_table
 from pipelines.profile import reference_of
 from pipelines.rankings import ranking_of, write_ranking
 from pipelines.sparse_tables import described, figures, sentence, with_description
-from pipelines.tracking import registry_of
+from pipelines.tracking import registry_alone, registry_of
 from recsys import processes
 from recsys.bundle import NOWHERE, Bundle, Origin, golden_rows, load_model, log_odds_of
 from recsys.calibration import Calibrator, fit_calibrator
@@ -45,6 +45,7 @@ def train(
 ) -> Trained:
     """Train, bundle, register. A killed run resumes from its last checkpoint; a finished one is only registered.
 
+    One training at a time works in a model's folder: of two at once, the second waits, and finds it finished.
     Raises ArtefactError or DataError if nothing suitable is prepared, RegistryError if MLflow does not answer.
     """
     check_outputs(run)
@@ -54,12 +55,13 @@ def train(
         raise DataError(
             f"{run.features_path}: fitted from other [[features]] or [derive]; run `recsys prepare --overwrite`"
         )
-    trained, examples = fit_window(run, fitted, run.examples_path, on_step=on_step)
-    split = run.data.split
-    origin = Origin(trained_to=str(days_of(split.train)[-1])) if isinstance(split, DaySplit) else NOWHERE
-    bundle = make_bundle(run, fitted, trained, run.examples_path, origin)
-    _say(run, trained, bundle, say)
-    register(run, registry, bundle, trained, examples, say)
+    with exclusive(run.folder, say):
+        trained, examples = fit_window(run, fitted, run.examples_path, on_step=on_step)
+        split = run.data.split
+        origin = Origin(trained_to=str(days_of(split.train)[-1])) if isinstance(split, DaySplit) else NOWHERE
+        bundle = make_bundle(run, fitted, trained, run.examples_path, origin)
+        _say(run, trained, bundle, say)
+        register(run, registry, bundle, trained, examples, say)
     return trained
 
 
@@ -122,13 +124,14 @@ def register(
     say: Callable[[str], None],
 ) -> Registered:
     """Log the run to MLflow and register its bundle as the challenger; once, whatever retries happen."""
-    name = run.name or run.model.name
-    known, tags = registry.run_of_training(bundle.version), {TRAINING: bundle.version}
-    with registry.run(known, name=f"{name} {run.key}" if run.key else name, tags=tags) as active:
-        _log(run, trained, bundle.metrics["history"], examples)
-        if found := described(bundle):
-            mlflow.log_metrics(_named(figures(found)))
-        registered = registry.register(bundle, resolve(run.bundle_path), Path(served.__file__), active.info.run_id)
+    name, tags = run.name or run.model.name, {TRAINING: bundle.version}
+    with registry_alone(run, say):
+        known = registry.run_of_training(bundle.version)
+        with registry.run(known, name=f"{name} {run.key}" if run.key else name, tags=tags) as active:
+            _log(run, trained, bundle.metrics["history"], examples)
+            if found := described(bundle):
+                mlflow.log_metrics(_named(figures(found)))
+            registered = registry.register(bundle, resolve(run.bundle_path), Path(served.__file__), active.info.run_id)
     say(f"registered {registry.name} version {registered.version} as challenger")
     return registered
 

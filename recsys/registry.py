@@ -30,7 +30,7 @@ from recsys.reference import FILE, Reference, load_registered
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 TRAINING = "training"
 """Tag of a run: what was trained, so that a retry continues it."""
-_BUNDLE_TAG, _FOLDER_TAG, _ROLLED_BACK_TAG = "bundle", "bundle_folder", "rolled_back"
+_BUNDLE_TAG, _FOLDER_TAG, _ROLLED_BACK_TAG, _RETURNING_TAG = "bundle", "bundle_folder", "rolled_back", "returning"
 _MEGABYTE = 2**20
 
 
@@ -46,6 +46,8 @@ class Registered:
     """When `rollback` took it out of use; empty if it never did."""
     folder: Path | None = None
     """The published Bundle, if it was registered by reference."""
+    returning: bool = False
+    """Whether a `rollback` to it has begun and not ended."""
 
 
 class ModelRegistry:
@@ -188,6 +190,8 @@ class ModelRegistry:
                 return
             if current.rolled_back:
                 self._client.delete_model_version_tag(self.name, current.version, _ROLLED_BACK_TAG)
+            if current.returning:
+                self._client.delete_model_version_tag(self.name, current.version, _RETURNING_TAG)
             # In this order: killed in between, the champion stays and a repetition does the rest.
             champion = self._version(number) if number else None
             if champion and not champion.rolled_back:
@@ -195,36 +199,57 @@ class ModelRegistry:
             faultpoint("registry.previous")
             self._client.set_registered_model_alias(self.name, CHAMPION, current.version)
 
+    def require_champion(self, number: str | None, while_: str) -> None:
+        """Raises RegistryError if the champion is no longer the version of this number, as others may have moved it."""
+        now = self.aliases().get(CHAMPION)
+        if now != number:
+            one, other = (f"version {n}" if n else "none" for n in (number, now))
+            raise RegistryError(f"{self._here}: the champion moved from {one} to {other} while {while_}")
+
     def previous(self) -> Registered:
-        """The version that `rollback` returns to.
+        """The version that `rollback` returns to, or has returned to where it was killed before it ended.
 
         Raises RegistryError if nothing was promoted since the last rollback, or there was no champion before.
         """
-        aliases = self.aliases()
-        champion = aliases.get(CHAMPION)
-        if aliases.get(PREVIOUS) in (None, champion):
-            now = f"version {champion}, the champion" if champion else "now"
-            raise RegistryError(f"{self._here} has no champion before {now}; promote another version")
-        return self.find(PREVIOUS)
+        return self._return()[1]
 
     def rollback(self) -> Registered:
         """Make `previous` the champion again and return it; the champion until now is marked as rolled back.
 
         Raises RegistryError as `previous` does.
         """
-        previous = self.previous()
+        left, previous = self._return()
         with _explained(self.uri):
-            champion = self.aliases().get(CHAMPION)
-            left = self._version(champion) if champion else None
             # In this order: killed in between, there is a champion, and a repetition does the rest.
+            self._client.set_model_version_tag(self.name, previous.version, _RETURNING_TAG, "true")
             if left and not left.rolled_back:
                 now = datetime.now(UTC).isoformat(timespec="seconds")
                 self._client.set_model_version_tag(self.name, left.version, _ROLLED_BACK_TAG, now)
             faultpoint("registry.marked")
             self._client.set_registered_model_alias(self.name, CHAMPION, previous.version)
             faultpoint("registry.returned")
-            self._client.delete_registered_model_alias(self.name, PREVIOUS)
-        return previous
+            if PREVIOUS in self.aliases():
+                self._client.delete_registered_model_alias(self.name, PREVIOUS)
+            faultpoint("registry.forgotten")
+            self._client.delete_model_version_tag(self.name, previous.version, _RETURNING_TAG)
+        return self.find(previous.version)
+
+    def _return(self) -> tuple[Registered | None, Registered]:
+        """The version that a rollback leaves, if it has not left it yet, and the one that it returns to.
+
+        Both are of one look at the aliases: a champion that is moved meanwhile is never taken for the one to leave.
+        """
+        aliases = self.aliases()
+        champion, previous = aliases.get(CHAMPION), aliases.get(PREVIOUS)
+        with _explained(self.uri):
+            left = self._version(champion) if champion else None
+            if previous in (None, champion):
+                if left and left.returning:
+                    return None, left
+                now = f"version {champion}, the champion" if champion else "now"
+                raise RegistryError(f"{self._here} has no champion before {now}; promote another version")
+            found = self._version(previous)
+        return left, found or self.find(PREVIOUS)  # which raises what is to be said of an alias to nowhere
 
     def referenced(self) -> set[Path]:
         """The Bundle folders that champion, previous and challenger refer to, which must not be removed."""
@@ -316,7 +341,9 @@ def signature_of(bundle: Bundle) -> ModelSignature:
 
 def _registered(version: ModelVersion) -> Registered:
     bundle, rolled_back, folder = (version.tags.get(t, "") for t in (_BUNDLE_TAG, _ROLLED_BACK_TAG, _FOLDER_TAG))
-    return Registered(str(version.version), str(version.run_id), bundle, rolled_back, Path(folder) if folder else None)
+    where = Path(folder) if folder else None
+    number, run_id, returning = str(version.version), str(version.run_id), _RETURNING_TAG in version.tags
+    return Registered(number, run_id, bundle, rolled_back, where, returning)
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import mlflow
@@ -16,7 +18,7 @@ from mlflow.tracking import MlflowClient
 import serving.pyfunc as served
 from base.config import parse_config
 from base.errors import ConfigError, RegistryError
-from base.storage import read_manifest, resolve
+from base.storage import exclusive, read_manifest, resolve
 from features.readers.synthetic import SyntheticConfig, day_frame
 from pipelines import cli
 from pipelines import promote as module
@@ -25,7 +27,8 @@ from pipelines.evaluate import evaluate
 from pipelines.prepare import prepare
 from pipelines.promote import promote
 from pipelines.report import report
-from pipelines.tracking import registry_of
+from pipelines.rollback import rollback
+from pipelines.tracking import registry_alone, registry_of
 from pipelines.train import train
 from recsys.bundle import Bundle, golden_rows
 from recsys.calibration import Platt
@@ -210,9 +213,55 @@ def test_a_champion_of_meanwhile_is_not_overwritten(
         return judge(*arguments)
 
     monkeypatch.setattr(module, "judge", slow)
-    with pytest.raises(RegistryError, match=r"another version became champion while version .* was judged"):
+    with pytest.raises(RegistryError, match=r"the champion moved from version \d to version 1 while version \d+ was"):
         promote(run)
     assert champion_of(registry) == "1"
+
+
+def waiting(run: Run, verb: Callable[..., Any], meanwhile: Callable[[], Any]) -> Future[Any]:
+    """A verb that is begun while another one is at work, which does something and leaves."""
+    said: Queue[str] = Queue()
+    alone = exclusive(run.folder, said.put) if verb is train else registry_alone(run, said.put)
+    with ThreadPoolExecutor(1) as pool:
+        with alone:
+            begun = pool.submit(verb, run, say=said.put)
+            assert said.get(timeout=60).startswith("waiting: another process works in")
+            meanwhile()
+        return begun
+
+
+def test_a_rollback_that_waited_for_a_promotion_does_not_undo_it(
+    run: Run, registry: ModelRegistry, challenge: Callable[..., Registered]
+) -> None:
+    candidate = challenge(1.0, 0.005)
+    before = champion_of(registry)
+    waited = waiting(run, rollback, lambda: registry.promote(candidate))
+    told = f"the champion moved from version {before} to version {candidate.version} while this rollback waited; run it"
+    with pytest.raises(RegistryError, match=told):
+        waited.result()
+    assert champion_of(registry) == candidate.version
+    assert rollback(run).version == before
+
+
+def test_a_promotion_that_waited_judges_against_the_champion_that_it_finds(
+    run: Run, registry: ModelRegistry, challenge: Callable[..., Registered]
+) -> None:
+    first, second = challenge(1.0, 0.006), challenge(1.0, 0.007)
+    waited = waiting(run, promote, lambda: registry.promote(first))
+    assert waited.result().promoted
+    assert champion_of(registry) == second.version
+    record = json.loads((resolve(run.gate_path("test")) / "verdict.json").read_bytes())
+    assert record["champion"] == first.version
+    assert rollback(run).version == first.version
+
+
+def test_a_training_that_waited_finds_it_finished(run: Run, registry: ModelRegistry) -> None:
+    """Both by one run file: there is one version in the end, that of the one trained before."""
+    versions = registry.versions_of_run(registry.find("1").run_id)
+    waited = waiting(run, train, lambda: None)
+    assert waited.result().history
+    assert registry.versions_of_run(registry.find("1").run_id) == versions
+    assert registry.find("challenger").version == "1"
 
 
 def test_exit_statuses_tell_the_scheduler(run: Run, challenge: Callable[..., Registered], tmp_path: Path) -> None:

@@ -84,25 +84,68 @@ def test_a_repeated_promotion_does_not_undo_a_rollback(registry: ModelRegistry, 
     assert registry.rollback() == first
 
 
-@pytest.mark.parametrize("point", ["registry.marked", "registry.returned"])
-def test_a_rollback_that_was_cut_off(registry: ModelRegistry, models: Models, fault: Arm, point: str) -> None:
+@pytest.mark.parametrize("point", ["registry.marked", "registry.returned", "registry.forgotten"])
+def test_a_rollback_that_was_cut_off_is_finished_and_not_done_twice(
+    registry: ModelRegistry, models: Models, fault: Arm, point: str
+) -> None:
     first, second, third = (models.register(registry, n) for n in (1, 2, 3))
     registry.promote(first)
     registry.promote(second)
     fault(f"{point}:raise")
     with pytest.raises(RuntimeError):
         registry.rollback()
-    if point == "registry.marked":
-        assert registry.find("champion").version == "2"
-        marked = registry.find("2").rolled_back
-        assert registry.rollback() == first
-        assert registry.find("2").rolled_back == marked
-    else:
-        with pytest.raises(RegistryError, match="no champion before version 1, the champion"):
-            registry.rollback()
+    assert registry.find("champion").version == ("2" if point == "registry.marked" else "1")
+    marked = registry.find("2").rolled_back
+    assert registry.rollback() == first
+    assert registry.find("2").rolled_back == marked
     assert registry.champion() == first
+    assert registry.aliases() == {"challenger": "3", "champion": "1"}
+    with pytest.raises(RegistryError, match="no champion before version 1, the champion"):
+        registry.rollback()
     registry.promote(third)
     assert registry.aliases() == {"challenger": "3", "champion": "3", "previous": "1"}
+
+
+def test_of_two_rollbacks_at_once_neither_marks_where_both_return_to(
+    registry: ModelRegistry, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one ends between the first one's two looks at the registry, as from a machine that shares no lock."""
+    first, second, third = (models.register(registry, n) for n in (1, 2, 3))
+    registry.promote(first)
+    registry.promote(second)
+    look = ModelRegistry.aliases
+
+    def slowly(self: ModelRegistry) -> dict[str, str]:
+        found = look(self)
+        monkeypatch.setattr(ModelRegistry, "aliases", look)
+        assert registry.rollback() == first
+        return found
+
+    monkeypatch.setattr(ModelRegistry, "aliases", slowly)
+    assert registry.rollback() == first
+    assert not registry.find("1").rolled_back
+    registry.promote(third)
+    assert registry.rollback() == first
+
+
+def test_a_promotion_that_was_cut_off_is_no_rollback_to_finish(
+    registry: ModelRegistry, models: Models, fault: Arm
+) -> None:
+    first, second = models.register(registry, 1), models.register(registry, 2)
+    registry.promote(first)
+    fault("registry.previous:raise")
+    with pytest.raises(RuntimeError):
+        registry.promote(second)
+    with pytest.raises(RegistryError, match="no champion before version 1, the champion"):
+        registry.rollback()
+
+
+def test_a_champion_that_moved_is_told(registry: ModelRegistry, models: Models) -> None:
+    registry.require_champion(None, "nothing happened")
+    registry.promote(models.register(registry, 1))
+    registry.require_champion("1", "nothing happened")
+    with pytest.raises(RegistryError, match="the champion moved from none to version 1 while it was judged"):
+        registry.require_champion(None, "it was judged")
 
 
 @pytest.mark.parametrize("point", ["registry.logged", "registry.created"])
