@@ -60,7 +60,7 @@ class SetupError(UserError):
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of a full disk's errors."""
 _REMEDIES = {
-    **dict.fromkeys(FULL, "free some space and run again"),
+    **dict.fromkeys(FULL, "nothing was published: free some space and run again"),
     **dict.fromkeys(
         (errno.EROFS, errno.EACCES, errno.EPERM), "see that it can be read and written, or name another folder"
     ),
@@ -71,16 +71,18 @@ _REMEDIES = {
     **dict.fromkeys((errno.EIO, errno.ESTALE), "see that the disk or the network filesystem is sound, and run again"),
 }
 _NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
-_MEMORY = re.compile(r"can't start new thread|can't allocate memory|not enough memory|out of memory|std::bad_alloc")
+_MEMORY = re.compile(
+    "can't start new thread|Resource temporarily unavailable|(can't allocate|not enough|out of) memory|std::bad_alloc"
+)
 
 
 def machine_error(error: BaseException) -> OSError | None:
     """What the machine refused, where that is behind an error: space, rights, files, memory.
 
     It is looked for in what caused the error, and in texts, since Polars, safetensors and MLflow give the number of an
-    error only there. A UserError has been explained already.
+    error only there. A SetupError has been explained already.
     """
-    for cause in () if isinstance(error, UserError) else causes(error):
+    for cause in () if isinstance(error, SetupError) else causes(error):
         text = next(iter(str(cause).splitlines()), "")
         if isinstance(cause, OSError) and cause.errno in _REMEDIES:
             return OSError(cause.errno, os.strerror(cause.errno), cause.filename2 or cause.filename)
@@ -88,10 +90,10 @@ def machine_error(error: BaseException) -> OSError | None:
             number = int(found[1] or found[2])
             if number in _REMEDIES:
                 return OSError(number, os.strerror(number) if number in FULL else text)
-        if isinstance(cause, MemoryError) or _MEMORY.search(text):
+        if isinstance(cause, MemoryError) or (not isinstance(cause, OSError) and _MEMORY.search(text)):
             return OSError(errno.ENOMEM, text or os.strerror(errno.ENOMEM))
         if isinstance(cause, FileNotFoundError) and "No usable temporary directory" in text:
-            return OSError(errno.ENOSPC, "No usable temporary directory", "TMPDIR")
+            return OSError(errno.ENOSPC, "no temporary folder can be written to", "TMPDIR")
     return None
 
 
@@ -99,9 +101,7 @@ def explained(error: OSError) -> SetupError:
     """One sentence of what `machine_error` found."""
     assert error.errno is not None
     where = error.filename or ("the output folder" if error.errno in FULL else "")
-    return SetupError(
-        f"{where}{': ' if where else ''}{error.strerror}; nothing was published: {_REMEDIES[error.errno]}"
-    )
+    return SetupError(f"{where}{': ' if where else ''}{error.strerror}; {_REMEDIES[error.errno]}")
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

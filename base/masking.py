@@ -4,7 +4,10 @@ import re
 
 _USER = re.compile(r"(?<=://)[^\s/:@]*(:\S*)?@")
 """To the last @, since a password may hold one that is not encoded."""
-_QUERY = re.compile(r"([?&;](?:\w*password|passwd|pass|pwd|\w*token|\w*secret|odbc_connect)=)[^\s&]+", re.IGNORECASE)
+_QUERY = re.compile(
+    r"([?&;](?:\w*password|passwd|pass|pwd|\w*token|\w*secret|odbc_connect)=)[^\s&]+?(?=[^\w\s]*(?:\s|&|$))", re.I
+)
+"""To the next parameter, but for the quotes and stops of the text around."""
 
 
 def masked(text: str) -> str:

@@ -1,6 +1,7 @@
 """MLflow: runs that remember how a model was made, registered versions, and aliases that say which one is in use."""
 
 import os
+import re
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -351,7 +352,7 @@ def _require_database(uri: str) -> None:
             f"mlflow.uri = {uri!r}: the driver {error.name!r} is not installed; install it, or name another: "
             "postgresql+psycopg2://… (pip install psycopg2-binary), mysql+pymysql://… (pip install pymysql)"
         ) from None
-    except FileNotFoundError as error:  # where even root makes no folder
+    except FileNotFoundError as error:
         raise RegistryError(f"mlflow.uri = {uri!r}: {error.filename} cannot be made; name another folder") from None
 
 
@@ -366,7 +367,7 @@ def _not_of_the_model(uri: str, error: Exception) -> UserError | None:
                     f"{what} by another process; run again when that has ended, or let an MLflow server have the "
                     "database (mlflow.uri)"
                 )
-            if isinstance(cause, sqlite3.OperationalError):
+            if re.search(r"full|readonly|I/O|unable to open", str(cause)):
                 return RegistryError(f"{what}; see that its disk has space and can be written to, and run again")
         if isinstance(cause, ConnectionError | Timeout):
             return RegistryError(f"MLflow at {uri} does not answer; check mlflow.uri and that the server runs")
