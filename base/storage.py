@@ -8,12 +8,10 @@ writer leaves only a staging folder, which the next writer of that name sweeps a
     scores/.versions/day=2026-03-07@5c1f0e.../{part-0.parquet, manifest.json}
 """
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -23,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from base.config import Config
-from base.errors import ArtefactError, PublishedError, SetupError
+from base.errors import FULL, ArtefactError, PublishedError, SetupError, machine_error
 from base.faults import faultpoint
 
 MANIFEST = "manifest.json"
@@ -96,8 +94,9 @@ def publish(
                 _link(target, version, overwrite=overwrite)
             faultpoint("storage.linked")
         except Exception as error:
-            if number := _disk_error(error):
-                raise OSError(number, os.strerror(number), str(target)) from error
+            found = machine_error(error)
+            if found is not None and found.errno in FULL:
+                raise OSError(found.errno, found.strerror, str(target)) from error
             raise
         finally:
             shutil.rmtree(staging_folder, ignore_errors=True)
@@ -225,6 +224,16 @@ def check_filesystem(folder: Path) -> None:
         ) from error
 
 
+def set_down(text: str, folders: Sequence[Path], name: str) -> Path | None:
+    """Write what is nobody's input, a traceback, into the first of the folders that takes it; None if none does."""
+    for folder in folders:
+        with suppress(OSError, ValueError):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+            return folder / name
+    return None
+
+
 def version_name(folder: Path) -> str:
     """The version part of a version folder's name."""
     return folder.name.rpartition("@")[2]
@@ -309,13 +318,6 @@ def _discard(version: Path) -> None:
     os.rename(version, doomed)
     faultpoint("storage.discarded")
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _disk_error(error: Exception) -> int | None:
-    """The number of a full disk's error; Polars and safetensors give it only in their text."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
-    return number if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
 
 
 @contextmanager

@@ -1,13 +1,16 @@
 """A run file: everything that one model, from log to scores, is decided by."""
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
 from base.config import Config
 from base.errors import ConfigError
+from base.masking import has_password, masked
 from features.pipeline import FittedPipeline
 from features.schema import Schema
 from features.source import Files
@@ -140,11 +143,47 @@ class Recommend(Config):
         return self.k if self.ranking is None else self.candidates or min(10 * self.k, items)
 
 
+_LOG_IN = "leave user and password out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+
+
+def _address(uri: str) -> str:
+    """An address that MLflow can have. Raises ValueError, which repeats no password."""
+    if not re.match(r"https?://|sqlite:///|(postgresql|mysql|mssql)(\+\w+)?://", uri):
+        raise ValueError(
+            f"{masked(uri)!r} is no address of MLflow; write http://…, https://…, sqlite:///FILE, "
+            "postgresql+psycopg2://… or mysql+pymysql://…"
+        )
+    if not uri.startswith("sqlite") and re.search(r"\s", uri):
+        raise ValueError("the address holds a blank; write it as %20")
+    if uri.startswith("http") and has_password(uri):
+        raise ValueError(f"{masked(uri)!r} holds a password, which MLflow would print; {_LOG_IN}")
+    return uri
+
+
+def _without_password(uri: str) -> str:
+    """An address as it may stand in a run file, from where it goes into Bundles, logs and reports."""
+    if uri.startswith("$"):
+        if not re.fullmatch(r"\$[A-Za-z_]\w*", uri) or uri == "$MLFLOW_TRACKING_URI":
+            raise ValueError(
+                f"{masked(uri)!r} is no environment variable that can hold an address: MLflow itself writes "
+                'MLFLOW_TRACKING_URI, and a name is letters, digits and _; write "$RECSYS_MLFLOW_URI", for instance'
+            )
+        return uri
+    if has_password(_address(uri)):
+        raise ValueError(
+            f"{masked(uri)!r} holds a password, which every Bundle would keep; put the address into an environment "
+            'variable and write "$RECSYS_MLFLOW_URI", for instance, or leave the password to ~/.pgpass or PGPASSWORD '
+            "(PostgreSQL)"
+        )
+    return uri
+
+
 class Registry(Config):
     """Where MLflow is."""
 
-    uri: str | None = None
-    """Tracking and registry URI; by default a SQLite file in the output folder."""
+    uri: Annotated[str, AfterValidator(_without_password)] | None = None
+    """Tracking and registry URI, or `$NAME` of the environment variable that holds it, which is for addresses with a
+    password; by default a SQLite file in the output folder."""
     experiment: str = "ctr"
     model: str = "ctr"
     """Name of the registered model."""
@@ -275,7 +314,21 @@ class Run(FeatureRun):
 
     @property
     def tracking_uri(self) -> str:
-        return self.mlflow.uri or f"sqlite:///{(self.output / 'mlflow.db').absolute()}"
+        """Where MLflow is; it may hold a password. Raises ConfigError if the environment does not say."""
+        uri = self.mlflow.uri
+        if uri is None:
+            return f"sqlite:///{(self.output / 'mlflow.db').absolute()}"
+        if not uri.startswith("$"):
+            return uri
+        named = os.environ.get(uri[1:])
+        if not named:
+            raise ConfigError(
+                f"mlflow.uri = {uri!r}: that environment variable is not set; export MLflow's address in it"
+            )
+        try:
+            return _address(named)
+        except ValueError as error:
+            raise ConfigError(f"mlflow.uri = {uri!r}: {error}") from None
 
     @property
     def key(self) -> str | None:

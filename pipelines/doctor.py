@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from base.config import load_config
 from base.errors import UserError
+from base.masking import masked
 from base.storage import check_filesystem
 
 if TYPE_CHECKING:
@@ -133,9 +134,10 @@ def _registry(run: "Run") -> Finding:
     except UserError as error:
         return Finding(False, str(error))
     use = f"champion is version {champion.version}" if champion else "no champion yet"
-    kind = run.tracking_uri.partition("://")[0]
+    uri = run.tracking_uri
+    kind = uri.partition("://")[0]
     what = "a server over HTTP" if kind.startswith("http") else f"the database itself ({kind}), without a server"
-    return Finding(True, f"MLflow at {run.tracking_uri} answers, {what}; {use} of {run.mlflow.model!r}")
+    return Finding(True, f"MLflow at {masked(uri)} answers, {what}; {use} of {run.mlflow.model!r}")
 
 
 def _version(package: str) -> str | None:

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from base.errors import ArtefactError, ConfigError, Superseded
+from base.masking import masked
 from base.storage import dump_json, is_published, publish, read_manifest, resolve
 from features.schema import Output
 from features.source import REASON
@@ -678,8 +679,7 @@ def _versions() -> Iterator[str]:
 
 
 def _settings(settings: Any) -> str:
-    # A database's address may carry its password.
-    return re.sub(r"//[^/@\s\"]*@", "//…@", dump_json(settings).decode())
+    return masked(dump_json(settings).decode())  # of versions from before passwords were refused
 
 
 def _share(part: float, whole: float) -> str:

@@ -38,6 +38,8 @@ def _on_a_filesystem(value: Any) -> Any:
             f"{str(value)!r} is not on a filesystem: publishing needs atomic renames and links, which object stores do "
             "not have; name a folder that all machines mount"
         )
+    if "\0" in str(value):
+        raise ValueError(f"{str(value)!r} holds a NUL, which no path can; remove it")
     return value
 
 

@@ -85,7 +85,7 @@ def _database(uri: str) -> tuple[str, ...]:
     """What identifies a database: no driver, user, password or option."""
     try:
         url = make_url(uri)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         return (uri,)
     kind = url.get_backend_name()
     if kind == "sqlite":

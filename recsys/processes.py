@@ -5,7 +5,6 @@ dies with the one that started it. They are told what to do by an artefact in th
 by lines of JSON on standard output, which all inherit.
 """
 
-import errno
 import json
 import os
 import signal
@@ -25,7 +24,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from base.config import Config
-from base.errors import ConfigError, SetupError, UserError
+from base.errors import FULL, ConfigError, SetupError, UserError
 from base.storage import dump_json, publish, resolve
 from features.schema import NewRows, Schema
 from recsys import checkpoint, trainer
@@ -43,8 +42,8 @@ from recsys.trainer import Pace, Progress, TrainConfig, Trained
 _MARK = "\x1e"
 """Begins a line that is a message, as in RFC 7464."""
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors that are told as they are."""
+_PER_CORE = 4
+"""Processes that a core can be asked for: more than one is slower, and a thousand never begin."""
 
 _DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
@@ -108,6 +107,12 @@ def train(
         raise SetupError(
             f"train.processes = {config.processes}: torch sees {torch.cuda.device_count()} CUDA devices, and each "
             "process needs one; use so many processes, or device = 'cpu'"
+        )
+    most = _PER_CORE * len(os.sched_getaffinity(0))
+    if config.processes > most:
+        raise SetupError(
+            f"train.processes = {config.processes}: this machine has {most // _PER_CORE} cores for them; use at most "
+            f"{most}"
         )
     run = trainer.run_hash(model_config, schema, config, identity)
     at = checkpoint.position_of(folder)
@@ -188,7 +193,7 @@ def _failure(failures: list[dict[str, Any]], exits: dict[str, int], processes: i
     for failure in failures:
         if failure["user"]:
             return UserError(failure["text"])
-        if failure["errno"] in _DISK:
+        if failure["errno"] in FULL:
             return OSError(failure["errno"], failure["text"], failure["path"])
     for rank, status in sorted(exits.items(), key=lambda item: item[1] == -signal.SIGTERM):
         if status < 0:

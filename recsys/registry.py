@@ -1,27 +1,31 @@
 """MLflow: runs that remember how a model was made, registered versions, and aliases that say which one is in use."""
 
 import os
+import re
+import sqlite3
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlflow
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 from mlflow.models import ModelSignature
 from mlflow.pyfunc import log_model
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import AnyType
 from requests import ConnectionError, RequestException, Timeout
+from sqlalchemy import NullPool, create_engine
+from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
-from base.errors import RegistryError
+from base.errors import RegistryError, SetupError, UserError, causes, explained, machine_error
 from base.faults import faultpoint
 from base.storage import MANIFEST, Staging, read_manifest, resolve
 from recsys.bundle import Bundle
@@ -59,25 +63,25 @@ class ModelRegistry:
     def __init__(self, uri: str, *, experiment: str, name: str, reference_above_mb: float = 500) -> None:
         """Connect. Raises RegistryError, soon, if nothing answers there."""
         self.uri, self.name, self.reference_above_mb = uri, name, reference_above_mb
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         # Fail within seconds where a server is down: a scheduler retries, a person waits.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        os.environ.setdefault("PGCONNECT_TIMEOUT", "20")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        mlflow.set_tracking_uri(uri)
-        mlflow.set_registry_uri(uri)
-        self._client = MlflowClient(uri, uri)
         with _explained(uri):
+            if not uri.startswith("http"):
+                _require_database(uri)
+            mlflow.set_tracking_uri(uri)
+            mlflow.set_registry_uri(uri)
+            self._client = MlflowClient(uri, uri)
             found = self._client.get_experiment_by_name(experiment)
             location = self._artifacts_beside_database()
             self.experiment = found.experiment_id if found else self._client.create_experiment(experiment, location)
 
     def _artifacts_beside_database(self) -> str | None:
         """Without a server that proxies artifacts, MLflow would put them into the working directory."""
-        if not self.uri.startswith("sqlite:///"):
-            return None
-        return (Path(self.uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
+        file = _file(self.uri)
+        return None if file is None else (file.absolute().parent / "mlartifacts").as_uri()
 
     @contextmanager
     def run(
@@ -127,11 +131,11 @@ class ModelRegistry:
         """The Bundle of a version, verified. Raises RegistryError or ArtefactError if it is gone or altered."""
         what = f"model {self.name!r} version {registered.version}"
         remedy = "return to another version with `recsys rollback`, or promote one"
-        with _explained(self.uri), TemporaryDirectory() as folder:
+        with _explained(self.uri), tempfile.TemporaryDirectory() as folder:
             try:
                 download_artifacts(artifact_uri=f"models:/{self.name}/{registered.version}", dst_path=folder)
             except (MlflowException, FileNotFoundError, RequestException) as error:
-                if _unreachable(error):
+                if _not_of_the_model(self.uri, error):
                     raise
                 raise RegistryError(
                     f"{what}: its artifacts cannot be fetched ({_first_line(error)}); {remedy}"
@@ -312,7 +316,7 @@ class ModelRegistry:
         published = resolve(folder)
         size = sum(file.bytes for file in read_manifest(published).files.values())
         tags, artifact = {_BUNDLE_TAG: bundle.version}, published
-        with TemporaryDirectory() as temporary:
+        with tempfile.TemporaryDirectory() as temporary:
             if size > self.reference_above_mb * _MEGABYTE:
                 artifact = Reference.to(bundle, published).write(Staging(Path(temporary)))
                 tags[_FOLDER_TAG] = str(published)
@@ -351,17 +355,70 @@ def _explained(uri: str) -> Iterator[None]:
     """MLflow's errors as one sentence."""
     try:
         yield
-    except (MlflowException, RequestException) as error:
-        what = "does not answer" if _unreachable(error) else f"says: {_first_line(error)}"
-        raise RegistryError(f"MLflow at {uri} {what}; check mlflow.uri and that the server runs") from error
+    except (MlflowException, SQLAlchemyError, OSError) as error:  # OSError: RequestException is one
+        told = _not_of_the_model(uri, error)
+        if told is None and isinstance(error, OSError) and not isinstance(error, RequestException):
+            raise
+        raise told or RegistryError(
+            f"MLflow at {uri} says: {_first_line(error)}; check mlflow.uri and that the server runs"
+        ) from error
 
 
-def _unreachable(error: BaseException | None) -> bool:
-    """Whether a connection failed, below all that MLflow says about it."""
-    if error is None:
-        return False
-    return isinstance(error, ConnectionError | Timeout) or _unreachable(error.__cause__ or error.__context__)
+def _require_database(uri: str) -> None:
+    """Connect once. MLflow tries for 100 s, without a word. Raises RegistryError for what no driver can open."""
+    try:
+        if file := _file(uri):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        create_engine(uri, poolclass=NullPool).connect().close()
+    except (ArgumentError, ValueError) as error:
+        raise RegistryError(
+            f"mlflow.uri = {uri!r}: no driver can open this ({_first_line(error)}); correct it"
+        ) from None
+    except ModuleNotFoundError as error:
+        raise RegistryError(
+            f"mlflow.uri = {uri!r}: the driver {error.name!r} is not installed; install it, or name another: "
+            "postgresql+psycopg2://… (pip install psycopg2-binary), mysql+pymysql://… (pip install pymysql)"
+        ) from None
+    except FileNotFoundError as error:
+        raise RegistryError(f"mlflow.uri = {uri!r}: {error.filename} cannot be made; name another folder") from None
 
 
-def _first_line(error: Exception) -> str:
+def _not_of_the_model(uri: str, error: Exception) -> UserError | None:
+    """What to do about a machine, a database or a server that fails; None for what MLflow says of its contents."""
+    file = _file(uri)
+    for cause in causes(error):
+        if isinstance(cause, sqlite3.Error):
+            what = f"MLflow's database {file}: {cause}"
+            if "locked" in str(cause):
+                return RegistryError(
+                    f"{what} by another process; run again when that has ended, or let an MLflow server have the "
+                    "database (mlflow.uri)"
+                )
+            if re.search(r"full|readonly|I/O|unable to open", str(cause)):
+                return RegistryError(f"{what}; see that its disk has space and can be written to, and run again")
+        if isinstance(cause, ConnectionError | Timeout):
+            return RegistryError(f"MLflow at {uri} does not answer; check mlflow.uri and that the server runs")
+        if isinstance(cause, OperationalError) and file is None:
+            said = _first_line(cause.orig or cause)
+            return RegistryError(
+                f"MLflow's database at {uri} says: {said}; check mlflow.uri and that the database runs"
+            )
+    if isinstance(error, RestException) or not (refused := machine_error(error)):
+        return None
+    temporary, path = tempfile.gettempdir(), refused.filename
+    of_mlflow = file is not None and path is not None and Path(path).is_relative_to(file.absolute().parent)
+    if path is not None and (of_mlflow or not Path(path).is_relative_to(temporary)):
+        return explained(refused)
+    return SetupError(
+        f"{temporary}: {refused.strerror}; MLflow copies models by way of the temporary folder: free some space there, "
+        "or set TMPDIR to another folder, and run again"
+    )
+
+
+def _file(uri: str) -> Path | None:
+    """Of an SQLite database."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+def _first_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -13,7 +13,7 @@ import polars as pl
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from base.config import Config
@@ -72,7 +72,7 @@ class TrainConfig(Config):
     """Epochs between evaluations; the last epoch is always evaluated."""
     patience: PositiveInt = 2
     """Stop after so many evaluations in a row without improvement."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     shuffle_window: PositiveInt = 8
     """Row groups of 131,072 examples that are shuffled together."""
     checkpoint_every: PositiveInt = 2000

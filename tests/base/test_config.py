@@ -139,6 +139,46 @@ def test_every_fault_has_a_line() -> None:
     ]
 
 
+# Addresses of MLflow, and passwords in them
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("http://u:S3cret@h", "'http://…@h' holds a password, which MLflow would print; leave user and password out, "
+         "and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        ("postgresql://u:S3cret@db/x", "'postgresql://…@db/x' holds a password, which every Bundle would keep; put "
+         'the address into an environment variable and write "$RECSYS_MLFLOW_URI", for instance, or leave the password '
+         "to ~/.pgpass or PGPASSWORD (PostgreSQL)"),
+        ("postgresql://db/x?password=S3cret", "'postgresql://db/x?password=…' holds a password"),
+        ("postgresql://u:S3 cret@db/x", "the address holds a blank; write it as %20"),
+        ("junk://x", "'junk://x' is no address of MLflow; write http://…, https://…, sqlite:///FILE, "),
+        ("file:///srv/mlruns", "'file:///srv/mlruns' is no address of MLflow"),
+        ("sqlite://mlflow.db", "'sqlite://mlflow.db' is no address of MLflow"),
+        ("", "'' is no address of MLflow"),
+        ("$MLFLOW_TRACKING_URI", "'$MLFLOW_TRACKING_URI' is no environment variable that can hold an address: MLflow "),
+        ("$http://u:S3cret@h", "'$http://…@h' is no environment variable"),
+    ],
+)  # fmt: skip
+def test_an_address_that_cannot_be_or_tells_a_password(uri: str, said: str) -> None:
+    [line] = refusal(lambda t: t.update(mlflow={"uri": uri}))
+    assert line.startswith(f"mlflow.uri: {said}")
+    for override in (f"mlflow.uri={uri}", f"mlflow={uri}", f"mlflow.uri.x={uri}", f"mlflow.modle={uri}"):
+        assert "S3cret" not in refusal_of([override])
+
+
+def test_an_address_with_a_password_stays_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load_config(Run, DEMO, ["mlflow.uri=$OURS"])
+    with pytest.raises(ConfigError, match=r"mlflow\.uri = '\$OURS': that environment variable is not set; export"):
+        _ = run.tracking_uri
+    monkeypatch.setenv("OURS", "postgresql+psycopg2://u:S3cret@db/x")
+    assert run.tracking_uri == "postgresql+psycopg2://u:S3cret@db/x"
+    assert "S3cret" not in f"{run!r} {run.model_dump_json()} {run.mlflow}"
+    monkeypatch.setenv("OURS", "https://u:S3cret@h")
+    with pytest.raises(ConfigError, match=r"'\$OURS': 'https://…@h' holds a password, which MLflow would print"):
+        _ = run.tracking_uri
+
+
 # Names that do not exist, missing keys, wrong types
 
 
@@ -176,6 +216,11 @@ def test_every_fault_has_a_line() -> None:
             lambda t: t["features"][0].update(min_count=0),
             "features[0].min_count = 0: Input should be greater than 0",
         ),
+        (
+            lambda t: t["train"].update(seed=2**70),
+            "train.seed = 1180591620717411303424: Input should be less than 9223372036854775808",
+        ),
+        (lambda t: t.update(output="a\0b"), "output: 'a\\x00b' holds a NUL, which no path can; remove it"),
         (
             lambda t: t["data"].update(types={"zip": "string"}),
             "data.types.zip = 'string': Input should be 'integer', 'float', 'text' or 'boolean'",

@@ -22,7 +22,7 @@ from pipelines import plots
 from pipelines.config import Evaluation, Run
 from pipelines.evaluate import evaluate
 from pipelines.prepare import prepare
-from pipelines.report import _cells, _relation, _residual, report
+from pipelines.report import _cells, _relation, _residual, _settings, report
 from pipelines.train import train
 from recsys.bundle import Bundle
 
@@ -149,6 +149,14 @@ def test_values_are_escaped(page: str, run: Run) -> None:
     for svg in (run.report_path / "plots").iterdir():
         texts = [e.text for e in ElementTree.parse(svg).iter() if e.tag.endswith("text")]
         assert (NASTY in texts) == ("device" in svg.name and "scatter" not in svg.name), svg.name
+
+
+def test_no_password_of_an_old_bundle_is_drawn() -> None:
+    found = _settings(
+        {"mlflow": {"uri": "http://u:S3cret@h:5000/x", "model": "ctr"}, "path": "postgresql://h/x?password=S3cret"}
+    )
+    assert "S3cret" not in found
+    assert '"uri": "http://…@h:5000/x"' in found
 
 
 def test_same_run_same_bytes(run: Run) -> None:

@@ -256,6 +256,14 @@ def test_more_processes_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytes
         )
 
 
+def test_more_processes_than_cores_can_carry_are_refused(tmp_path: Path) -> None:
+    write_examples(tmp_path)
+    data = streams(tmp_path, "plain", 100)
+    with pytest.raises(SetupError, match=r"train\.processes = 10000: this machine has \d+ cores for them; use at most"):
+        processes.train(LRConfig(), SCHEMAS["plain"], *data, config_of(processes=10_000), tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+
+
 # --- what a failure says ----------------------------------------------------------------------------------------------
 
 TRACE = "Traceback (most recent call last):\n  ...\nValueError: no such thing\n"

@@ -1,17 +1,21 @@
 """The registry on a database: aliases, rollback, one version per run, and Bundles by reference."""
 
 import os
+import resource
 import shutil
 import sqlite3
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import mlflow
 import polars as pl
 import pytest
 from mlflow.tracking import MlflowClient
+from sqlalchemy import Engine, event
 
-from base.errors import ArtefactError, RegistryError
+from base.errors import ArtefactError, RegistryError, SetupError
 from recsys.registry import ModelRegistry
 from tests.tracking.conftest import ROWS, Models
 
@@ -195,6 +199,80 @@ def test_a_rollback_that_was_cut_off_is_no_place_to_return_to(
         registry.rollback()
     registry.promote(third)
     assert registry.rollback() == first
+
+
+# What is not the model's fault
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """Waits for a locked database are 20 s, which MLflow sets as often as it asks."""
+
+    def shorten(_c: object, _u: object, statement: str, given: object, *_: object) -> tuple[str, object]:
+        return statement.replace("busy_timeout = 20000", "busy_timeout = 50"), given
+
+    event.listen(Engine, "before_cursor_execute", shorten, retval=True)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "before_cursor_execute", shorten)
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_database_that_is_locked(registry: ModelRegistry, models: Models) -> None:
+    first = models.register(registry, 1)
+    file = Path(registry.uri.removeprefix("sqlite:///"))
+    said = f"^MLflow's database {file}: database is locked by another process; run again when that has ended, or let "
+    for ask in (registry.aliases, lambda: registry.bundle_of(first), lambda: registry.promote(first)):
+        with locked(file), pytest.raises(RegistryError, match=said):
+            ask()
+    registry.promote(first)
+
+
+def test_a_database_that_is_locked_from_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "mlflow.db"
+    with locked(file), pytest.raises(RegistryError, match=f"^MLflow's database {file}: database is locked by another"):
+        ModelRegistry(f"sqlite:///{file}?timeout=0.05", experiment="any", name="any")
+
+
+def test_a_database_that_cannot_be_written_to(registry: ModelRegistry) -> None:
+    with limited_files(), pytest.raises(RegistryError, match=r"disk I/O error; see that its disk has space and can be"):
+        ModelRegistry(registry.uri, experiment="another", name="another")
+
+
+@contextmanager
+def limited_files() -> Iterator[None]:
+    """Files cannot grow beyond a kilobyte, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_temporary_folder_that_takes_nothing_is_no_reason_to_roll_back(
+    registry: ModelRegistry, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered = models.register(registry, 1)
+    said = "MLflow copies models by way of the temporary folder: free some space there, or set TMPDIR to another folder"
+    with limited_files(), pytest.raises(SetupError) as caught:
+        registry.bundle_of(registered)
+    assert str(caught.value).startswith(f"{tempfile.gettempdir()}: File too large; {said}")
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/null")
+    with pytest.raises(SetupError, match=f"^/dev/null: Not a directory; {said}"):
+        registry.bundle_of(registered)
+    with pytest.raises(SetupError, match=f"^/dev/null: Not a directory; {said}"):
+        models.register(registry, 2)
+    monkeypatch.undo()
+    assert registry.bundle_of(registered).version == registered.bundle
 
 
 # What is no longer there

@@ -1,7 +1,10 @@
 """Databases that must not be shared, folders that cannot be published to, and what doctor says of both."""
 
 import os
+import re
+import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ from click.testing import CliRunner
 
 from base import storage
 from base.config import load_config
-from base.errors import ConfigError, SetupError
+from base.errors import ConfigError, RegistryError, SetupError
 from base.storage import check_filesystem
 from pipelines import cli, doctor
 from pipelines.config import Run
@@ -33,7 +36,7 @@ def run_with(*settings: str) -> Run:
 
 
 SAME = [
-    ("postgresql://a:x@db.host/both", "postgresql+psycopg2://b:y@db.host:5432/both?sslmode=require"),
+    ("postgresql://a@db.host/both", "postgresql+psycopg2://b:y@db.host:5432/both?sslmode=require"),
     ("postgresql://127.0.0.1/both", "postgresql+asyncpg://localhost:5432/both"),
     ("postgresql://DB.host/both", "postgres://db.host/both"),
     ("mysql+pymysql://h/both", "mysql+mysqldb://u@h:3306/both"),
@@ -64,11 +67,53 @@ def test_databases_of_their_own_pass(ours: str, theirs: str) -> None:
     refuse_shared(run_with(f'mlflow.uri="{ours}"'), [theirs])
 
 
-def test_a_password_is_not_repeated() -> None:
-    uri = "postgresql://a:secret@db/both"
-    with pytest.raises(ConfigError) as caught:
-        refuse_shared(run_with(f'mlflow.uri="{uri}"'), [uri])
-    assert "secret" not in str(caught.value)
+@pytest.mark.parametrize("uri", ["postgresql://a:S3cret@db/both", "postgresql://a:S3cret@db:port/both?password=S3cret"])
+def test_a_password_is_not_repeated(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OURS", uri)
+    with pytest.raises(ConfigError, match=r"mlflow\.uri is Airflow's own database") as caught:
+        refuse_shared(run_with("mlflow.uri=$OURS"), [uri])
+    assert "S3cret" not in str(caught.value)
+
+
+# What cannot be opened is told at once
+
+
+@pytest.mark.parametrize(
+    ("uri", "driver"),
+    [("postgresql://h/x", "psycopg"), ("mysql://h/x", "MySQLdb"), ("mysql+pymysql://h/x", "pymysql")],
+)
+def test_a_driver_that_is_missing(uri: str, driver: str) -> None:
+    if find_spec(driver):
+        pytest.skip(f"{driver} is installed")
+    with pytest.raises(
+        RegistryError, match=f"'{re.escape(uri)}': the driver '{driver}' is not installed; install it, or"
+    ):
+        registry_of(run_with(f'mlflow.uri="{uri}"'))
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("postgresql+none://h/x", r"no driver can open this \(Can't load plugin: .*postgresql\.none\)"),
+        ("postgresql+psycopg2://h:port/x", r"no driver can open this \(invalid literal .* 'port'\)"),
+        ("sqlite:////proc/none/x.db", "/proc/none cannot be made; name another folder"),
+    ],
+)
+def test_an_address_that_opens_nothing(uri: str, said: str) -> None:
+    with pytest.raises(RegistryError, match=rf"mlflow\.uri = '{re.escape(uri)}': {said}"):
+        registry_of(run_with(f'mlflow.uri="{uri}"'))
+
+
+def test_a_database_that_is_down_is_told_soon_and_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("psycopg2", reason="the package psycopg2-binary is not installed; run `make setup`")
+    monkeypatch.setenv("OURS", "postgresql+psycopg2://u:S3cret@127.0.0.1:9/x?password=S3cret")
+    started = time.monotonic()
+    with pytest.raises(
+        RegistryError, match=r"^MLflow's database at \S+://…@127\.0\.0\.1:9/x\?password=… says: "
+    ) as caught:
+        registry_of(run_with("mlflow.uri=$OURS"))
+    assert time.monotonic() - started < 10
+    assert str(caught.value).endswith("Connection refused; check mlflow.uri and that the database runs")
 
 
 def test_where_airflows_database_is_said(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +183,14 @@ def test_doctor_examines_a_run(elsewhere: Path) -> None:
     assert "ok  out: rename, links, locks and fsync work" in said
     assert "ok  MLflow and Airflow have databases of their own" in said
     assert "answers, the database itself (sqlite), without a server; no champion yet of 'ctr'" in said
+
+
+@pytest.mark.usefixtures("findings")
+@pytest.mark.filterwarnings("ignore:Query string argument")  # SQLite knows no password
+def test_doctor_repeats_no_password(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OURS", f"{database}?password=S3cret")
+    said = diagnose("mlflow.uri=$OURS", 'output="out"', status=0)
+    assert f"ok  MLflow at {database}?password=… answers" in said
 
 
 @pytest.mark.usefixtures("findings")
