@@ -271,11 +271,9 @@ def test_integer_ids_and_bags_are_retired_too() -> None:
     assert after.transform(pl.LazyFrame({"x": [[5, 7, 9]]})).collect()["x"].to_list() == [[0, 1, 3]]
 
 
-def test_looking_up_by_join_knows_tombstones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_up_knows_tombstones() -> None:
     fitted = line(one(retire_after_days=1), "ab", "b", "bc")[-1]
-    expected = encoded(fitted)
-    monkeypatch.setattr(features.transforms, "_LOOKUP_BY_JOIN", 0)
-    assert encoded(fitted) == expected == {"b": 2, "c": 3}
+    assert encoded(fitted) == {"b": 2, "c": 3}
 
 
 # Lines and versions

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from pydantic import ValidationError
 
-import features.transforms
 from base.errors import ArtefactError, DataError
 from base.storage import publish, resolve
 from features.pipeline import Counts, FeaturePipeline, FittedPipeline
@@ -292,9 +291,7 @@ def test_one_row_alone_gets_what_it_gets_among_others(example: Example) -> None:
 
 
 @EVERY
-@pytest.mark.parametrize("entries", [200_000, 0], ids=["replace", "join"])
-def test_rows_keep_their_number_and_order(example: Example, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features.transforms, "_LOOKUP_BY_JOIN", entries)
+def test_rows_keep_their_number_and_order(example: Example) -> None:
     frame = training(example, 20_000, seed=2).with_row_index("row")
     transformed = fit(example.transform, frame.drop("row")).transform(frame.lazy(), keep=["row"])
     for engine in ("streaming", "in-memory"):
@@ -551,27 +548,27 @@ def test_frequent_values_come_first_and_ties_go_by_value() -> None:
 
 
 @pytest.mark.parametrize("example", [e for e in EXAMPLES if e.name.startswith("vocabulary")], ids=lambda e: e.name)
-def test_looking_up_by_join_equals_replacing(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_ids_are_looked_up_by_a_join_that_equals_replacing(example: Example) -> None:
+    """The engine streams a join, whatever the size of the vocabulary; replacing would keep some bytes of every row."""
+    assert isinstance(example.transform, Vocabulary)
     frame = training(example, 5_000)
     fitted = fit(example.transform, frame)
-    assert "JOIN" not in fitted.transform(frame.lazy()).explain()
-    replaced = [result(fitted, f) for f in (frame, everything(example), example.missing)]
-    monkeypatch.setattr(features.transforms, "_LOOKUP_BY_JOIN", 0)
-    joins = "JOIN" in fitted.transform(frame.lazy()).explain()
-    assert joins == (not isinstance(example.transform, Vocabulary) or not example.transform.is_bag)
-    joined = [result(fitted, f) for f in (frame, everything(example), example.missing)]
-    for a, b in zip(replaced, joined, strict=True):
-        assert a.equals(b)
-        assert a.dtype == b.dtype
+    assert ("JOIN" in fitted.transform(frame.lazy()).explain()) != example.transform.is_bag
+    known = fitted.learned[0].filter(pl.col("id").is_not_null())
+    for rows in (frame, everything(example), example.missing):
+        found = result(fitted, rows)
+        if not example.transform.is_bag:
+            values = rows["x"].cast(known["value"].dtype, strict=False)
+            expected = values.replace_strict(known["value"], known["id"], default=0, return_dtype=pl.Int32)
+            assert found.equals(expected.fill_null(0))
+            assert found.dtype == pl.Int32
 
 
-def test_integers_beyond_floats_keep_ids_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integers_beyond_floats_keep_ids_of_their_own() -> None:
     neighbours = integers(*(BIG + i for i in range(5)), 2**63 - 1, 2**63 - 2)
-    for limit in (200_000, 0):
-        monkeypatch.setattr(features.transforms, "_LOOKUP_BY_JOIN", limit)
-        fitted = fit(Vocabulary(column="x"), neighbours)
-        assert sorted(result(fitted, neighbours).to_list()) == list(range(1, 8))
-        assert result(fitted, integers(BIG + 5)).to_list() == [0]
+    fitted = fit(Vocabulary(column="x"), neighbours)
+    assert sorted(result(fitted, neighbours).to_list()) == list(range(1, 8))
+    assert result(fitted, integers(BIG + 5)).to_list() == [0]
     lists = bags(pl.Int64, [BIG, BIG + 1], [BIG + 2])
     assert sorted(ids_of(result(fit(Vocabulary(column="x", multi=True), lists), lists))) == [1, 2, 3]
     assert result(fit(Hash(column="x", buckets=10**9), neighbours), neighbours).n_unique() == 7
