@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self, assert_never
 import polars as pl
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from base.config import Config
+from base.config import Config, Name
 from base.errors import ConfigError, DataError
 from features.columns import explained, kind_of, require, sql
 from features.readers.coat import FILES as COAT_FILES
@@ -84,14 +84,19 @@ class Table(Files):
 
 def _by_name(labels: Any) -> Any:
     named = isinstance(labels, list | tuple) and all(isinstance(n, str) for n in labels)  # pyright: ignore
-    return {name: name for name in labels} if named else labels  # pyright: ignore
+    return {name: _as_sql(name) for name in labels} if named else labels  # pyright: ignore
+
+
+def _as_sql(column: str) -> str:
+    """A column's name as an expression: quoted where it would be read as more."""
+    return column if re.fullmatch(r"[^\W\d]\w*", column) else '"{}"'.format(column.replace('"', '""'))
 
 
 class Data(Files):
     """The impression log: what identifies a row, what is to be predicted, and how it is split."""
 
     key: Annotated[tuple[str, ...], Field(min_length=1)]
-    labels: Annotated[dict[str, str], BeforeValidator(_by_name), Field(min_length=1)]
+    labels: Annotated[dict[Name, str], BeforeValidator(_by_name), Field(min_length=1)]
     """Names of 0/1 columns, or a table of name = SQL expression."""
     funnel: tuple[str, ...] = ()
     """Labels of which each presupposes the one before it: `["click", "conversion"]`."""

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
-from base.config import Config
+from base.config import Config, Name
 from base.errors import ConfigError
 from features.pipeline import FittedPipeline
 from features.schema import Schema
@@ -140,13 +140,19 @@ class Recommend(Config):
         return self.k if self.ranking is None else self.candidates or min(10 * self.k, items)
 
 
+def _in_addresses(name: str) -> str:
+    if ":" in name:
+        raise ValueError(f"{name!r} holds ':', which MLflow's models:/… cannot; leave it out")
+    return name
+
+
 class Registry(Config):
     """Where MLflow is."""
 
     uri: str | None = None
     """Tracking and registry URI; by default a SQLite file in the output folder."""
-    experiment: str = "ctr"
-    model: str = "ctr"
+    experiment: Annotated[str, Field(min_length=1)] = "ctr"
+    model: Annotated[Name, AfterValidator(_in_addresses)] = "ctr"
     """Name of the registered model."""
     reference_above_mb: NonNegativeFloat = 500
     """A larger Bundle is not uploaded: MLflow keeps where its published folder lies, which must be mounted wherever

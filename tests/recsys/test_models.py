@@ -26,7 +26,7 @@ from recsys.batch import Batch
 from recsys.bundle import Bundle, golden_rows, load_model
 from recsys.data import IdCount, to_columns
 from recsys.distributed import Sharded, Table, reset_tables, shard
-from recsys.embeddings import Embeddings, in_order
+from recsys.embeddings import Embeddings, feature_of, in_order, shown, table_name
 from recsys.experts import ExpertsConfig, Gate
 from recsys.interacting import Interacting
 from recsys.losses import in_batch_softmax
@@ -98,7 +98,7 @@ FUNNELS: dict[str, ModelConfig] = {
 }
 SIDES: dict[str, Any] = {
     "query": ("shape", "tags", "number0"),
-    "item": ("word", "genres", "color", "number1"),
+    "item": ("word", "genres", "geo.color", "number1"),
     "dim": 8,
     "temperature": 0.5,
     "log_q": False,
@@ -156,10 +156,10 @@ class Case:
         """By the name of a table: its feature, and the tower that has it for itself, if one has."""
         if isinstance(self.config, TwoTowerConfig):
             used = {*self.config.query, *self.config.item}
-            return {f.name: (f.name, "") for f in schema.sparse if f.name in used}
+            return {table_name(f.name): (f.name, "") for f in schema.sparse if f.name in used}
         if getattr(self.config, "shared_embeddings", True):
-            return {f.name: (f.name, "") for f in schema.sparse}
-        return {f"{f.name}@{t}": (f.name, t) for t in self.towers(schema) for f in schema.sparse}
+            return {table_name(f.name): (f.name, "") for f in schema.sparse}
+        return {table_name(f.name, t): (f.name, t) for t in self.towers(schema) for f in schema.sparse}
 
 
 ONCE = {name: Case(config) for name, config in PER_LABEL.items()} | {
@@ -572,9 +572,9 @@ def test_initial_tables_follow_seed_and_name_alone(case: Case, examples: Any) ->
         key: {n: t.weights_RD.clone() for n, t in tables_of(case.trainable(s, seed)[1]).items()}
         for key, s, seed in (("first", schema, 3), ("fewer", fewer, 3), ("seed", schema, 4))
     }
-    copies_of: dict[str, list[Tensor]] = {"word": [], "color": [], twin.name: []}
+    copies_of: dict[str, list[Tensor]] = {"word": [], "geo.color": [], twin.name: []}
     for name, (feature, _) in case.tables(schema).items():
-        if feature in ("word", "color"):
+        if feature in ("word", "geo.color"):
             assert tables["first"][name].equal(tables["fewer"][name])
             assert tables["first"][name].equal(tables["seed"][name]) == (std == 0)
         if feature in copies_of:
