@@ -586,6 +586,18 @@ def test_initial_tables_follow_seed_and_name_alone(case: Case, examples: Any) ->
     assert (word_RD[word_RD != 0].std().item() if std else 0.0) == pytest.approx(std, rel=0.05)
 
 
+def test_a_table_is_named_by_its_feature_and_copy() -> None:
+    """Names without a dot are what they were in older Bundles; the others lead back to what they stand for."""
+    assert [table_name("price"), table_name("a%2Eb", "click")] == ["price", "a%2Eb@click"]
+    pairs = [(f, c) for f in ("geo.city", "geo.", "geo", ".", "type", "keys", "a..b") for c in ("", "click", "a.b", "x.")]
+    names = [table_name(*pair) for pair in pairs]
+    assert len(set(names)) == len(names)
+    assert [feature_of(name) for name in names] == [feature for feature, _ in pairs]
+    assert [shown(name) for name in names] == [f"{f}@{c}" if c else f for f, c in pairs]
+    tables = torch.nn.ModuleDict({name: torch.nn.Identity() for name in names})
+    assert list(tables) == names
+
+
 def test_towers_that_share_nothing_learn_nothing_from_each_other(examples: Any) -> None:
     """The click's loss alone leaves the tables, numbers and tower of the conversion where they were."""
     schema = examples.schema(funnel=True)
@@ -876,7 +888,7 @@ def numpy_embeddings(
         for f, feature in enumerate(schema.sparse):
             bag = row[feature.name] if feature.multi else [row[feature.name]]
             for value in bag:
-                e_BFD[i, f] += weights[checkpoint.TABLE.format(feature.name + copy)][value] / len(bag)
+                e_BFD[i, f] += weights[checkpoint.TABLE.format(table_name(feature.name, copy.removeprefix("@")))][value] / len(bag)
         for n, field in enumerate(schema.dense):
             v_D = weights["embed.numeric_ND"][place * len(schema.dense) + n]
             e_BFD[i, len(schema.sparse) + n] = v_D * row[field.name]
