@@ -50,7 +50,8 @@ class FeaturePipeline:
                 raise ConfigError(f"features: {name!r} holds '@', which tables cannot: give it another name")
             if names.count(name) > 1:
                 raise ConfigError(
-                    f'features: two of them are called {name!r}; leave one out, or give it a name of its own: name = "…"'
+                    f"features: two of them are called {name!r}; leave one out, or give it a name of its own: "
+                    'name = "…"'
                 )
         if not names:
             raise ConfigError("features: there are none; give at least one [[features]] table")

@@ -589,7 +589,8 @@ def test_initial_tables_follow_seed_and_name_alone(case: Case, examples: Any) ->
 def test_a_table_is_named_by_its_feature_and_copy() -> None:
     """Names without a dot are what they were in older Bundles; the others lead back to what they stand for."""
     assert [table_name("price"), table_name("a%2Eb", "click")] == ["price", "a%2Eb@click"]
-    pairs = [(f, c) for f in ("geo.city", "geo.", "geo", ".", "type", "keys", "a..b") for c in ("", "click", "a.b", "x.")]
+    features, copies_of = ("geo.city", "geo.", "geo", ".", "type", "keys", "a..b"), ("", "click", "a.b", "x.")
+    pairs = [(feature, copy) for feature in features for copy in copies_of]
     names = [table_name(*pair) for pair in pairs]
     assert len(set(names)) == len(names)
     assert [feature_of(name) for name in names] == [feature for feature, _ in pairs]
@@ -887,8 +888,9 @@ def numpy_embeddings(
     for i, row in enumerate(frame.iter_rows(named=True)):
         for f, feature in enumerate(schema.sparse):
             bag = row[feature.name] if feature.multi else [row[feature.name]]
+            table = checkpoint.TABLE.format(table_name(feature.name, copy.removeprefix("@")))
             for value in bag:
-                e_BFD[i, f] += weights[checkpoint.TABLE.format(table_name(feature.name, copy.removeprefix("@")))][value] / len(bag)
+                e_BFD[i, f] += weights[table][value] / len(bag)
         for n, field in enumerate(schema.dense):
             v_D = weights["embed.numeric_ND"][place * len(schema.dense) + n]
             e_BFD[i, len(schema.sparse) + n] = v_D * row[field.name]
