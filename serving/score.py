@@ -38,7 +38,7 @@ def score(
     with explained("scoring"):
         for chunk in examples.collect_batches(chunk_size=CHUNK, maintain_order=True, engine="streaming"):
             parts = bundle.predict_examples(chunk, batch_size=batch_size, policy=policy, count=count)
-            scores = pl.concat([pl.DataFrame(schema={o.name: pl.Float32 for o in bundle.outputs}), *parts])
+            scores = pl.concat([bundle.no_scores, *parts])
             yield chunk.select(pl.col(carried(c)).alias(c) for c in carry).hstack(scores)
 
 
