@@ -1,7 +1,6 @@
 """The MLflow model, from code: raw columns in, the bundle's probabilities out, the same numbers as batch scoring."""
 
 from pathlib import Path
-from types import NoneType
 from typing import Any, cast
 
 import pandas as pd
@@ -75,7 +74,7 @@ def as_in_the_log(bundle: Bundle, column: str, values: pd.Series) -> pl.Series:
             if kind in ("integer", "integers"):
                 remedy += (
                     "; ids must not pass through float, as pandas lets integers beside a missing one: from 2^53 on, "
-                    'give the column the dtype "Int64", or send rows without a value apart'
+                    'give the column the dtype "UInt64", or send rows without a value apart'
                 )
             raise DataError(f"column {column!r} holds {repr(value)[:80]} where the model takes {wanted}: {remedy}")
     raise DataError(f"column {column!r} holds values of several kinds where the model takes {kind}: send one kind")
@@ -86,11 +85,7 @@ def _read(values: pd.Series) -> pl.Series | None:
     try:
         return pl.from_pandas(values)
     except (TypeError, ValueError, OverflowError):
-        pass
-    given = [None if missing else v for v, missing in zip(values.tolist(), values.isna(), strict=True)]
-    if any(type(v) not in (int, NoneType) for v in given):
         return None
-    return pl.Series(given, dtype=pl.Int128)  # too large for what Arrow makes of Python's integers
 
 
 def _converted(found: pl.Series, kind: Kind, dtype: pl.DataType) -> pl.Series | None:
