@@ -163,6 +163,24 @@ class Data(Files):
         return described | {"immature": seen}
 
 
+def key_faults(key: Sequence[str]) -> tuple[Sequence[pl.Expr], pl.Expr]:
+    """What is wrong with a row's key, in words, or null: that a part of it is missing, and that it stood before."""
+    missing = [pl.when(pl.col(c).is_null()).then(pl.lit(f"key {c} is null")) for c in key]
+    repeated = pl.struct(key).is_first_distinct().not_()
+    return missing, pl.when(repeated).then(pl.lit(f"key {', '.join(key)} is repeated"))
+
+
+def limit_bad(where: str, bad: int, good: int, reasons: Mapping[str, int], allowed: float) -> None:
+    """Raise DataError if more rows are bad than `allowed`, which data.max_bad_share says."""
+    if bad > allowed * (bad + good):
+        worst = sorted(reasons.items(), key=lambda item: -item[1])[:5]
+        listed = "; ".join(f"{rows} x {reason}" for reason, rows in worst)
+        raise DataError(
+            f"{where}: {bad} of {bad + good} rows are bad, {bad / (bad + good):.2%} where {allowed:.2%} is allowed: "
+            f"{listed}. Mend the log, or raise data.max_bad_share to set them aside"
+        )
+
+
 @dataclass(frozen=True)
 class Source:
     """The raw log of a run, by partition."""
@@ -216,9 +234,8 @@ class Source:
         derived = frame.with_columns(sql(e, where=f"derive.{n}").alias(n) for n, e in (self.derive or {}).items())
         if self.data.where is not None:
             derived = derived.filter(_bound(derived, self.data.where, "data.where"))
-        faults: list[pl.Expr] = []
-        for column in self.data.key:
-            faults.append(pl.when(pl.col(column).is_null()).then(pl.lit(f"key {column} is null")))
+        missing, repeated = key_faults(self.data.key)
+        faults: list[pl.Expr] = [*missing]
         labels: dict[str, pl.Expr] = {}
         for name, expression in self.data.labels.items():
             value = _bound(derived, expression, f"data.labels.{name}")
@@ -238,8 +255,7 @@ class Source:
             skipped = (labels[before] == 0) & (labels[after] == 1)
             reason = f"label {after} is 1 where {before}, before it in data.funnel, is 0"
             faults.append(pl.when(skipped).then(pl.lit(reason)))
-        repeated = pl.struct(self.data.key).is_first_distinct().not_()
-        faults.append(pl.when(repeated).then(pl.lit(f"key {', '.join(self.data.key)} is repeated")))
+        faults.append(repeated)
         named = (value.alias(carried(name)) for name, value in labels.items())
         return derived.with_columns(*named, pl.coalesce(faults).alias(REASON))
 
@@ -430,10 +446,16 @@ def _scan(config: Files, files: Sequence[Path]) -> pl.LazyFrame:
         groups.setdefault(tuple(_hive(file).items()), []).append(file.resolve())
     with explained(config.path):
         frames = [
-            _scan_files(config, group).with_columns(_hive_literal(v).alias(k) for k, v in hive)
+            _of_64_bits(_scan_files(config, group)).with_columns(_hive_literal(v).alias(k) for k, v in hive)
             for hive, group in groups.items()
         ]
         return frames[0] if len(frames) == 1 else pl.concat(frames)
+
+
+def _of_64_bits(frame: pl.LazyFrame) -> pl.LazyFrame:
+    """Integers as other programs can read them from Parquet. Those that do not fit are refused when they are read."""
+    wide = [c for c, t in frame.collect_schema().items() if t == pl.Int128 or t == pl.UInt128]
+    return frame.with_columns(pl.col(wide).cast(pl.UInt64)) if wide else frame
 
 
 def _scan_files(config: Files, files: list[Path]) -> pl.LazyFrame:
