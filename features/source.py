@@ -69,6 +69,10 @@ class Time(Config):
     """For integers: the unit in which they count since 1970."""
 
 
+ATime = Annotated[Time, BeforeValidator(lambda v: {"column": v} if isinstance(v, str) else v)]
+"""Or the column's name alone."""
+
+
 class Table(Files):
     """A user or item table, joined to the log by key; several rows per key need `as_of`."""
 
@@ -78,7 +82,7 @@ class Table(Files):
     """Which columns to take; by default all."""
     prefix: str = ""
     """Put before the names of the columns taken."""
-    as_of: Time | None = None
+    as_of: ATime | None = None
     """For versioned rows: since when a row holds. The log's row takes the latest at or before its own time."""
 
 
@@ -100,7 +104,7 @@ class Data(Files):
     """Names of 0/1 columns, or a table of name = SQL expression."""
     funnel: tuple[str, ...] = ()
     """Labels of which each presupposes the one before it: `["click", "conversion"]`."""
-    time: Annotated[Time | None, BeforeValidator(lambda v: {"column": v} if isinstance(v, str) else v)] = None
+    time: ATime | None = None
     matures_after_days: dict[str, PositiveInt] = {}
     """Labels that become known late: a row's label counts so many days after the row, and is unknown until then."""
     observed_until: Day | None = None
