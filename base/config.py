@@ -7,7 +7,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeGuard, TypeVar, Union, cast, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from base.errors import ConfigError, did_you_mean
@@ -18,6 +18,25 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+
+def checked_name(text: str) -> str:
+    """`text`, if it can be one part of a path. Raises ValueError saying what is wrong with it."""
+    if not text.strip():
+        raise ValueError(f"{text!r} is empty; give it a name with letters")
+    if wrong := next((sign for sign in text if sign in r"/\@" or ord(sign) < 32 or ord(sign) == 127), None):
+        raise ValueError(f"{text!r} holds {wrong!r}, which a name cannot, since files are named by it; use letters")
+    if text.startswith("."):
+        raise ValueError(f"{text!r} begins with a dot, as hidden files and parent folders do; leave it out")
+    if len(text.encode()) > _LONGEST:
+        raise ValueError(f"{text!r} is longer than {_LONGEST} bytes, which file names allow; shorten it")
+    return text
+
+
+_LONGEST = 150
+"""Bytes of a name: a file's may have 255, and we add to it."""
+
+Name = Annotated[str, AfterValidator(checked_name)]
+"""What files, folders or the parts of a model are named by; it leads nowhere else."""
 
 C = TypeVar("C", bound=Config)
 
@@ -133,6 +152,8 @@ def _walk(model: type[BaseModel], location: Sequence[str | int]) -> tuple[str, A
     """
     path, here = "", cast(Any, model)
     for part in location:
+        if part == "[key]":  # it is the key itself that is wrong, as `path` ends already
+            continue
         members = _members(here)
         if len(members) > 1:
             here = next((m for m in members if part in _tags(m)), Any)

@@ -1,5 +1,7 @@
 """Raw columns: which types the features accept, and row-wise SQL over them."""
 
+import json
+import re
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Literal
@@ -94,11 +96,27 @@ def roots_of(expressions: Mapping[str, str]) -> dict[str, set[str]]:
     return {name: set(pl.sql_expr(text).meta.root_names()) for name, text in expressions.items()}
 
 
+_UNFIT = (
+    re.compile(r"could not parse `(?P<value>.*?)` as dtype `\w+` at column '(?P<column>.*?)' \(column number"),
+    re.compile(
+        r"conversion from `[iu]128` to `u64` failed in column '(?P<column>.*?)' for .*? values: \[(?P<value>.*?)[],]"
+    ),
+)
+"""What Polars says of a value that is not of its column's type: of CSV, and of an integer without a type of 64 bits."""
+
+
 @contextmanager
 def explained(what: str) -> Generator[None]:
     """Turn Polars' own errors while reading `what` into a DataError that names it."""
     try:
         yield
     except pl.exceptions.PolarsError as error:
-        said = " ".join(str(error).split())[:300]
+        said = " ".join(str(error).split())
+        if found := next(filter(None, (pattern.search(said) for pattern in _UNFIT)), None):
+            raise DataError(
+                f"{what}: column {found['column']!r} holds {found['value']}, which is not of the type that its other "
+                f"values have, or no integer of 64 bits: for CSV, write types = {{ {json.dumps(found['column'])} = "
+                '"text" } beside its path; otherwise convert it to text in the log'
+            ) from error
+        said = said[:300]
         raise DataError(f"{what}: {said}; check the column's type or its expression") from error

@@ -46,10 +46,13 @@ class FeaturePipeline:
     def __post_init__(self) -> None:
         names = [t.output for t in self.transforms]
         for name in names:
-            if taken := [sign for sign in ".@" if sign in name]:
-                raise ConfigError(f"features: {name!r} holds {taken[0]!r}, which tables cannot: give it another name")
+            if "@" in name:
+                raise ConfigError(f"features: {name!r} holds '@', which tables cannot: give it another name")
             if names.count(name) > 1:
-                raise ConfigError(f"features: two of them are called {name!r}; give one a name of its own")
+                raise ConfigError(
+                    f"features: two of them are called {name!r}; leave one out, or give it a name of its own: "
+                    'name = "…"'
+                )
         if not names:
             raise ConfigError("features: there are none; give at least one [[features]] table")
 

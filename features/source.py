@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self, assert_never
 import polars as pl
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from base.config import Config
+from base.config import Config, Name
 from base.errors import ConfigError, DataError
 from features.columns import explained, kind_of, require, sql
 from features.readers.coat import FILES as COAT_FILES
@@ -69,6 +69,10 @@ class Time(Config):
     """For integers: the unit in which they count since 1970."""
 
 
+ATime = Annotated[Time, BeforeValidator(lambda v: {"column": v} if isinstance(v, str) else v)]
+"""Or the column's name alone."""
+
+
 class Table(Files):
     """A user or item table, joined to the log by key; several rows per key need `as_of`."""
 
@@ -78,24 +82,29 @@ class Table(Files):
     """Which columns to take; by default all."""
     prefix: str = ""
     """Put before the names of the columns taken."""
-    as_of: Time | None = None
+    as_of: ATime | None = None
     """For versioned rows: since when a row holds. The log's row takes the latest at or before its own time."""
 
 
 def _by_name(labels: Any) -> Any:
     named = isinstance(labels, list | tuple) and all(isinstance(n, str) for n in labels)  # pyright: ignore
-    return {name: name for name in labels} if named else labels  # pyright: ignore
+    return {name: _as_sql(name) for name in labels} if named else labels  # pyright: ignore
+
+
+def _as_sql(column: str) -> str:
+    """A column's name as an expression: quoted where it would be read as more."""
+    return column if re.fullmatch(r"[^\W\d]\w*", column) else '"{}"'.format(column.replace('"', '""'))
 
 
 class Data(Files):
     """The impression log: what identifies a row, what is to be predicted, and how it is split."""
 
     key: Annotated[tuple[str, ...], Field(min_length=1)]
-    labels: Annotated[dict[str, str], BeforeValidator(_by_name), Field(min_length=1)]
+    labels: Annotated[dict[Name, str], BeforeValidator(_by_name), Field(min_length=1)]
     """Names of 0/1 columns, or a table of name = SQL expression."""
     funnel: tuple[str, ...] = ()
     """Labels of which each presupposes the one before it: `["click", "conversion"]`."""
-    time: Annotated[Time | None, BeforeValidator(lambda v: {"column": v} if isinstance(v, str) else v)] = None
+    time: ATime | None = None
     matures_after_days: dict[str, PositiveInt] = {}
     """Labels that become known late: a row's label counts so many days after the row, and is unknown until then."""
     observed_until: Day | None = None
@@ -158,6 +167,24 @@ class Data(Files):
         return described | {"immature": seen}
 
 
+def key_faults(key: Sequence[str]) -> tuple[Sequence[pl.Expr], pl.Expr]:
+    """What is wrong with a row's key, in words, or null: that a part of it is missing, and that it stood before."""
+    missing = [pl.when(pl.col(c).is_null()).then(pl.lit(f"key {c} is null")) for c in key]
+    repeated = pl.struct(key).is_first_distinct().not_()
+    return missing, pl.when(repeated).then(pl.lit(f"key {', '.join(key)} is repeated"))
+
+
+def limit_bad(where: str, bad: int, good: int, reasons: Mapping[str, int], allowed: float) -> None:
+    """Raise DataError if more rows are bad than `allowed`, which data.max_bad_share says."""
+    if bad > allowed * (bad + good):
+        worst = sorted(reasons.items(), key=lambda item: -item[1])[:5]
+        listed = "; ".join(f"{rows} x {reason}" for reason, rows in worst)
+        raise DataError(
+            f"{where}: {bad} of {bad + good} rows are bad, {bad / (bad + good):.2%} where {allowed:.2%} is allowed: "
+            f"{listed}. Mend the log, or raise data.max_bad_share to set them aside"
+        )
+
+
 @dataclass(frozen=True)
 class Source:
     """The raw log of a run, by partition."""
@@ -211,9 +238,8 @@ class Source:
         derived = frame.with_columns(sql(e, where=f"derive.{n}").alias(n) for n, e in (self.derive or {}).items())
         if self.data.where is not None:
             derived = derived.filter(_bound(derived, self.data.where, "data.where"))
-        faults: list[pl.Expr] = []
-        for column in self.data.key:
-            faults.append(pl.when(pl.col(column).is_null()).then(pl.lit(f"key {column} is null")))
+        missing, repeated = key_faults(self.data.key)
+        faults: list[pl.Expr] = [*missing]
         labels: dict[str, pl.Expr] = {}
         for name, expression in self.data.labels.items():
             value = _bound(derived, expression, f"data.labels.{name}")
@@ -233,8 +259,7 @@ class Source:
             skipped = (labels[before] == 0) & (labels[after] == 1)
             reason = f"label {after} is 1 where {before}, before it in data.funnel, is 0"
             faults.append(pl.when(skipped).then(pl.lit(reason)))
-        repeated = pl.struct(self.data.key).is_first_distinct().not_()
-        faults.append(pl.when(repeated).then(pl.lit(f"key {', '.join(self.data.key)} is repeated")))
+        faults.append(repeated)
         named = (value.alias(carried(name)) for name, value in labels.items())
         return derived.with_columns(*named, pl.coalesce(faults).alias(REASON))
 
@@ -425,10 +450,16 @@ def _scan(config: Files, files: Sequence[Path]) -> pl.LazyFrame:
         groups.setdefault(tuple(_hive(file).items()), []).append(file.resolve())
     with explained(config.path):
         frames = [
-            _scan_files(config, group).with_columns(_hive_literal(v).alias(k) for k, v in hive)
+            _of_64_bits(_scan_files(config, group)).with_columns(_hive_literal(v).alias(k) for k, v in hive)
             for hive, group in groups.items()
         ]
         return frames[0] if len(frames) == 1 else pl.concat(frames)
+
+
+def _of_64_bits(frame: pl.LazyFrame) -> pl.LazyFrame:
+    """Integers as other programs can read them from Parquet. Those that do not fit are refused when they are read."""
+    wide = [c for c, t in frame.collect_schema().items() if t == pl.Int128 or t == pl.UInt128]
+    return frame.with_columns(pl.col(wide).cast(pl.UInt64)) if wide else frame
 
 
 def _scan_files(config: Files, files: list[Path]) -> pl.LazyFrame:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
-from base.config import Config
+from base.config import Config, Name
 from base.errors import ConfigError
 from base.masking import has_password, masked
 from features.pipeline import FittedPipeline
@@ -178,14 +178,20 @@ def _without_password(uri: str) -> str:
     return uri
 
 
+def _in_addresses(name: str) -> str:
+    if ":" in name:
+        raise ValueError(f"{name!r} holds ':', which MLflow's models:/… cannot; leave it out")
+    return name
+
+
 class Registry(Config):
     """Where MLflow is."""
 
     uri: Annotated[str, AfterValidator(_without_password)] | None = None
     """Tracking and registry URI, or `$NAME` of the environment variable that holds it, which is for addresses with a
     password; by default a SQLite file in the output folder."""
-    experiment: str = "ctr"
-    model: str = "ctr"
+    experiment: Annotated[str, Field(min_length=1)] = "ctr"
+    model: Annotated[Name, AfterValidator(_in_addresses)] = "ctr"
     """Name of the registered model."""
     reference_above_mb: NonNegativeFloat = 500
     """A larger Bundle is not uploaded: MLflow keeps where its published folder lies, which must be mounted wherever

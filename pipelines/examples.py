@@ -13,7 +13,7 @@ from features.columns import explained
 from features.pipeline import FeaturePipeline, FittedPipeline
 from features.profile import missing_in
 from features.schema import carried
-from features.source import REASON
+from features.source import REASON, limit_bad
 from pipelines.settings import FeatureRun
 
 ROW_GROUP = 2**17
@@ -118,7 +118,7 @@ def check_rows(run: FeatureRun, pipeline: FeaturePipeline, partition: str) -> di
         found = marked.group_by(REASON).agg(pl.len(), *unknown, *missing).sort(REASON).collect(engine="streaming")
     reasons = dict(found.select(REASON, "len").iter_rows())
     good = reasons.pop(None, 0)
-    limit_bad(run, partition, sum(reasons.values()), good, reasons)
+    limit_bad(partition, sum(reasons.values()), good, reasons, run.data.max_bad_share)
     if good == 0 and run.positive is not None:
         remedy = "mend the log, or name the day in data.without_log" if run.data.split.by_day else "check data.split"
         raise DataError(
@@ -134,18 +134,6 @@ def check_rows(run: FeatureRun, pipeline: FeaturePipeline, partition: str) -> di
         "unknown": {label: kept[carried(label)].item() for label in run.labels},
         "missing": {column: kept[f"__missing_{column}"].item() for column in pipeline.inputs},
     }
-
-
-def limit_bad(run: FeatureRun, where: str, bad: int, good: int, reasons: dict[str, int]) -> None:
-    """Raise DataError if more rows are bad than data.max_bad_share allows."""
-    if bad > run.data.max_bad_share * (bad + good):
-        worst = sorted(reasons.items(), key=lambda item: -item[1])[:5]
-        listed = "; ".join(f"{rows} x {reason}" for reason, rows in worst)
-        raise DataError(
-            f"{where}: {bad} of {bad + good} rows are bad, {bad / (bad + good):.2%} where "
-            f"{run.data.max_bad_share:.2%} is allowed: {listed}. "
-            "Mend the log, or raise data.max_bad_share to set them aside"
-        )
 
 
 def _write(run: FeatureRun, fitted: FittedPipeline, partition: str, staging: Staging) -> None:

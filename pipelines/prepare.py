@@ -7,8 +7,9 @@ from base.errors import DataError
 from base.storage import publish, read_manifest
 from features.columns import explained, require
 from features.pipeline import FittedPipeline
+from features.source import limit_bad
 from pipelines.config import Run
-from pipelines.examples import check_rows, good_rows, limit_bad, log_of, whole, write_examples
+from pipelines.examples import check_rows, good_rows, log_of, whole, write_examples
 from pipelines.measure import check_outputs
 from pipelines.rankings import write_ranking
 
@@ -37,7 +38,7 @@ def prepare(run: Run, *, overwrite: bool = False, say: Callable[[str], None] = p
                     f"label {label!r} is not known of any {role} row by {run.data.observed_until}, where it matures "
                     f"after {run.data.matures_after_days.get(label)} days: let data.split.{role} end earlier"
                 )
-    limit_bad(run, "data.time", undated, good, {"time is missing": undated})
+    limit_bad("data.time", undated, good, {"time is missing": undated}, run.data.max_bad_share)
     identity = {p: source.fingerprint(p)["sha256"] for p in counts}
     fitted = _fit(run, training, identity, overwrite=overwrite, say=say)
     if run.retrieval is not None:  # first, since a corpus may be wrong, and examples take longer

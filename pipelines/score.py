@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from base.storage import is_published
+from base.storage import is_published, read_manifest, resolve
 from pipelines.config import Run
 from pipelines.measure import held_out
 from pipelines.tracking import model_of
@@ -23,6 +23,8 @@ def score(
     say: Callable[[str], None] = print,
 ) -> list[Path]:
     """Score partitions (by default the test ones) with a registered version, an alias, or a bundle's folder.
+
+    Rows without a key of their own are set aside and told, up to data.max_bad_share.
 
     With `if_missing` scores that are published stay as they are, where they would be an error.
     """
@@ -44,8 +46,12 @@ def score(
             key=run.data.key,
             model_version=version,
             overwrite=overwrite,
+            max_bad_share=run.data.max_bad_share,
             on_rows=on_rows,
         )
-        say(f"{name}: {rows:,} rows scored by version {version} -> {target}")
+        bad = read_manifest(resolve(target)).about["bad"]
+        aside = "".join(f"; set aside {n} x {reason}" for reason, n in bad.items())
+        aside += f" -> {target}/rejected.parquet" if bad else ""
+        say(f"{name}: {rows:,} rows scored by version {version} -> {target}{aside}")
         published.append(target)
     return published

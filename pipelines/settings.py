@@ -4,9 +4,9 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from base.config import Config
+from base.config import Config, Name, checked_name
 from base.errors import ConfigError
 from features.pipeline import FeaturePipeline
 from features.schema import NewRows
@@ -46,7 +46,7 @@ def _on_a_filesystem(value: Any) -> Any:
 class FeatureRun(Config):
     """A run file as the steps on features see it: what belongs to models stands there unread."""
 
-    name: str | None = None
+    name: Name | None = None
     """Name of this model among those of the same output folder; by default that of the model."""
     output: Annotated[Path, BeforeValidator(_on_a_filesystem)]
     """Folder for everything that is made; several machines may share it over a POSIX filesystem."""
@@ -75,6 +75,18 @@ class FeatureRun(Config):
     gate: Any = None
     mlflow: Any = None
     checks: Any = None
+
+    @field_validator("features")
+    @classmethod
+    def _well_named(cls, features: tuple[AnyTransform, ...]) -> tuple[AnyTransform, ...]:
+        """Of a run file only: a Bundle's features keep the names that they were made with."""
+        for feature in features:
+            try:
+                checked_name(feature.output)
+            except ValueError as error:
+                raise ValueError(f'{feature.kind} of {", ".join(feature.sources)}: {error}, in name = "…"') from None
+        FeaturePipeline(features)  # which refuses the same name twice
+        return features
 
     @model_validator(mode="after")
     def _logs_are_files(self) -> Self:

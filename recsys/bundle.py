@@ -95,6 +95,11 @@ class Bundle:
         """The raw columns it needs."""
         return self.features.recipe.inputs
 
+    @property
+    def no_scores(self) -> pl.DataFrame:
+        """The probabilities of no rows."""
+        return pl.DataFrame(schema={o.name: pl.Float32 for o in self.outputs})
+
     def predict(
         self, frame: pl.LazyFrame, *, batch_size: int = 8192, policy: IdPolicy = "error", count: IdCount | None = None
     ) -> Iterator[pl.DataFrame]:

@@ -1,5 +1,6 @@
 """One vector per field: table rows for ids, a scaled vector for numbers."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ class Embeddings(nn.Module):
         self.dropped: tuple[Sequence[int], float] | None = None
         """Places of fields that training leaves out of a row, each with this probability."""
         self.copies = len(copies)
-        named = [(f, f"{f.name}@{copy}" if copy else f.name) for copy in copies for f in schema.sparse]
+        named = [(f, table_name(f.name, copy)) for copy in copies for f in schema.sparse]
         self.table_names = [table for _, table in named]
         # TorchRec names the embedding of a feature that several tables share `feature@table`.
         self.names = [f"{f.name}@{table}" if len(copies) > 1 else f.name for f, table in named]
@@ -135,6 +136,31 @@ def reset_table(weights_RD: Tensor, std: float, generator: torch.Generator) -> N
         block.copy_(torch.randn(block.shape, generator=generator) * std)
 
 
+_DOT = "@@"
+"""For a dot, which torch's module names cannot hold. Names hold no "@", so that a single one begins the copy."""
+_FEATURE = re.compile(f"(?:[^@]|{_DOT})*")
+_TAKEN = nn.ModuleDict()
+"""Tables are in one, and cannot be called like its own attributes, as a column `type` is."""
+
+
+def table_name(feature: str, copy: str = "") -> str:
+    """The table with a feature's rows, or with one task's copy of them: `feature`, `feature@copy`."""
+    name = feature.replace(".", _DOT)
+    return f"{name}@{copy.replace('.', _DOT)}" if copy or hasattr(_TAKEN, name) else name
+
+
 def feature_of(table: str) -> str:
-    """The feature whose rows a table holds; copies are called `feature@copy`."""
-    return table.partition("@")[0]
+    """The feature whose rows a table holds."""
+    return table[: _end(table)].replace(_DOT, ".")
+
+
+def shown(table: str) -> str:
+    """A table's name for people: that of its feature, with the copy if it is one."""
+    copy = table[_end(table) + 1 :].replace(_DOT, ".")
+    return f"{feature_of(table)}@{copy}" if copy else feature_of(table)
+
+
+def _end(table: str) -> int:
+    found = _FEATURE.match(table)
+    assert found is not None  # it matches nothing at all as well
+    return found.end()

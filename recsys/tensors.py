@@ -1,5 +1,6 @@
 """Tensors on disk: safetensors only, large ones cut into row ranges; no pickle is ever read."""
 
+import re
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from base.storage import Staging
 _LARGE = 2**28
 """Bytes above which a tensor gets files of its own, each with about as many bytes of its rows."""
 
-_ROWS = "@rows"
+_PART = re.compile(r"(.*)@rows(\d{12})", re.DOTALL)
 
 
 def save_tensors(staging: Staging, folder: str, tensors: Mapping[str, Tensor], *, large: int = _LARGE) -> None:
@@ -46,11 +47,11 @@ def load_tensors(folder: Path, only: Container[str] | None = None) -> dict[str, 
     for file in files:
         with _opened(file) as opened:
             for key in opened.keys():  # noqa: SIM118
-                name, mark, start = key.rpartition(_ROWS)
-                if only is not None and (name if mark else key) not in only:
+                part = _PART.fullmatch(key)
+                if only is not None and (part[1] if part else key) not in only:
                     continue
-                if mark:
-                    parts.setdefault(name, {})[int(start)] = file
+                if part:
+                    parts.setdefault(part[1], {})[int(part[2])] = file
                 else:
                     whole[key] = opened.get_tensor(key)
     for name, blocks in parts.items():
@@ -81,7 +82,7 @@ def _read(file: Path, key: str) -> Tensor:
 
 
 def _key(name: str, start: int) -> str:
-    return f"{name}{_ROWS}{start:012}"
+    return f"{name}@rows{start:012}"
 
 
 @contextmanager

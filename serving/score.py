@@ -10,6 +10,7 @@ from base.faults import faultpoint
 from base.storage import publish
 from features.columns import explained, require
 from features.schema import carried
+from features.source import REASON, key_faults, limit_bad
 from recsys.bundle import Bundle, log_odds_of
 from recsys.data import IdCount, IdPolicy
 
@@ -17,6 +18,8 @@ CHUNK = 2**17
 """Rows read, transformed and scored at a time."""
 
 VERSION = "model_version"
+
+_ROW = "__row"
 
 
 def score(
@@ -37,13 +40,13 @@ def score(
     require(carry, frame.collect_schema().names(), "score")
     kept = frame.with_columns(pl.col(c).alias(carried(c)) for c in carry)
     examples = bundle.features.transform(kept, keep=[carried(c) for c in carry])
-    columns: dict[str, type[pl.DataType]] = {o.name: pl.Float32 for o in bundle.outputs}
+    none = bundle.no_scores
     if log_odds:
-        columns |= {log_odds_of(o.name): pl.Float64 for o in bundle.outputs}
+        none = none.with_columns(pl.lit(0.0).alias(log_odds_of(o.name)) for o in bundle.outputs).clear()
     with explained("scoring"):
         for chunk in examples.collect_batches(chunk_size=CHUNK, maintain_order=True, engine="streaming"):
             parts = bundle.predict_examples(chunk, batch_size=batch_size, policy=policy, count=count, log_odds=log_odds)
-            scores = pl.concat([pl.DataFrame(schema=columns), *parts])
+            scores = pl.concat([none, *parts])
             yield chunk.select(pl.col(carried(c)).alias(c) for c in carry).hstack(scores)
 
 
@@ -56,22 +59,31 @@ def publish_scores(
     model_version: str,
     overwrite: bool = False,
     policy: IdPolicy = "error",
+    max_bad_share: float = 0.0,
     on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Score `frame` and publish keys, probabilities and the model's version as `target`; returns the rows.
+    """Score `frame` and publish keys, probabilities and the model's version as `target`; returns the rows scored.
 
-    Refuses, and leaves whatever was published before: DataError on an empty input, on a key that is missing or
-    repeated, and on a row count that is not the input's; ArtefactError if the bundle's golden rows are not reproduced.
+    A row whose key is missing, or stood in an earlier row, is set aside beside the scores, in rejected.parquet. Refuses
+    before anything is scored, and leaves whatever was published before: DataError if more than `max_bad_share` of the
+    rows are such, or there are no others; ArtefactError if the bundle's golden rows are not reproduced. DataError as
+    well where a row got lost.
     """
     bundle.check_golden()
+    require(key, frame.collect_schema().names(), "score")
+    frame = frame.with_row_index(_ROW)
     with explained("counting the rows to score"):
-        total = frame.select(pl.len()).collect(engine="streaming").item()
+        rows, bad = pl.collect_all([frame.select(pl.len()), _bad_keys(frame, key)], engine="streaming")
+    reasons = dict(bad.group_by(REASON).len().sort(REASON).iter_rows())
+    total = rows.item() - bad.height
+    limit_bad(target.name, bad.height, total, reasons, max_bad_share)
     if total == 0:
         raise DataError(f"{target}: there are no rows to score; check the path and the partition")
+    good = frame.join(bad.lazy(), on=_ROW, how="anti", maintain_order="left") if bad.height else frame
     count = IdCount()
     with publish(target, "scores", overwrite=overwrite) as staging:
         done = 0
-        for i, scored in enumerate(score(bundle, frame, carry=key, policy=policy, count=count)):
+        for i, scored in enumerate(score(bundle, good, carry=key, policy=policy, count=count)):
             table = scored.with_columns(pl.lit(model_version).alias(VERSION))
             faultpoint("score.part")
             table.write_parquet(staging / f"part-{i:05}.parquet")
@@ -79,22 +91,17 @@ def publish_scores(
             on_rows(done, total)
         if done != total:
             raise DataError(f"{target}: {total} rows came in, {done} were scored; nothing is published")
-        _check_keys(staging / "part-*.parquet", key, total)
+        if bad.height:
+            aside = frame.join(bad.lazy(), on=_ROW, maintain_order="left").drop(_ROW).rename({REASON: "reason"})
+            aside.collect(engine="streaming").write_parquet(staging / "rejected.parquet")
         staging.about.update(
-            rows=total, bundle=bundle.version, model_version=model_version, replaced_ids=count.replaced
+            rows=total, bad=reasons, bundle=bundle.version, model_version=model_version, replaced_ids=count.replaced
         )
     return total
 
 
-def _check_keys(parts: Path, key: Sequence[str], total: int) -> None:
-    """Each key once. Raises DataError showing one that is missing or stands twice."""
-    scored = pl.scan_parquet(parts).select(key)
-    missing = scored.select(pl.any_horizontal(pl.col(key).is_null()).sum()).collect(engine="streaming").item()
-    if missing:
-        raise DataError(f"key {', '.join(key)}: missing in {missing} of {total} rows; every row to score needs its key")
-    groups = scored.group_by(key).len()
-    repeated = groups.filter(pl.col("len") > 1).head(1).collect(engine="streaming")
-    if repeated.height:
-        values = repeated.row(0, named=True)
-        times = values.pop("len")
-        raise DataError(f"key {values} stands {times} times in the rows to score; each row needs a key of its own")
+def _bad_keys(frame: pl.LazyFrame, key: Sequence[str]) -> pl.LazyFrame:
+    """Numbers of the rows whose key is missing or repeated, and why."""
+    missing, repeated = key_faults(key)
+    faults = frame.select(_ROW, *key).with_columns(pl.coalesce(*missing, repeated).alias(REASON))
+    return faults.filter(pl.col(REASON).is_not_null()).select(_ROW, REASON)

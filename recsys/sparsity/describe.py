@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection
 
 from base.config import Config
-from recsys.embeddings import WIDTH_UNIT
+from recsys.embeddings import WIDTH_UNIT, shown
 from recsys.sparsity.layout import slots_of
 from recsys.sparsity.tables import SparseTables
 
@@ -174,7 +174,7 @@ def describe(model: nn.Module, counts: Mapping[str, Tensor] | None = None) -> De
         active = int(sizes_R.sum(dtype=torch.int64))
         found.append(
             Table(
-                name=table.name,
+                name=shown(table.name),
                 field=table.feature,
                 rows=table.rows,
                 sparse=table.sparse,
@@ -277,7 +277,7 @@ class Watch:
         for table, start in zip(tables.tables, tables.starts, strict=True):
             if table.sparse:
                 active = int(tables.sizes_R[start : start + table.rows].sum(dtype=torch.int64))
-                found[f"density.{table.name}"] = active / (table.rows * tables.dim)
+                found[f"density.{shown(table.name)}"] = active / (table.rows * tables.dim)
         if self.tenth_R is None:
             return found
         rows, active = torch.zeros(TENTHS + 1), torch.zeros(TENTHS + 1, dtype=torch.float64)

@@ -563,12 +563,13 @@ def test_scoring_without_a_champion(platform: Platform, tmp_path: Path) -> None:
     ("change", "message"),
     [
         (
-            lambda t: pl.concat([t, t.slice(17, 1)]),
-            f"key {{'impression_id': {(739678 << 32) + 17}}} stands 2 times in the rows to score; each row needs a key",
+            lambda t: pl.concat([t, t.slice(17, 40)]),
+            f"day={TEST}: 40 of 3040 rows are bad, 1.32% where 1.00% is allowed: 40 x key impression_id is repeated. "
+            "Mend the log, or raise data.max_bad_share",
         ),
         (
-            some("impression_id", None, rows=4),
-            "key impression_id: missing in 4 of 3000 rows; every row to score needs its key",
+            some("impression_id", None, rows=60),
+            f"day={TEST}: 60 of 3000 rows are bad, 2.00% where 1.00% is allowed: 60 x key impression_id is null. Mend",
         ),
         (lambda t: t.drop("age"), "features: column 'age' is missing"),
         (lambda t: t.drop("impression_id"), "data.key: column 'impression_id' is missing"),
@@ -591,9 +592,44 @@ def test_rows_that_cannot_be_scored_leave_the_old_output(
     with publish(target, "scores") as staging:
         (staging / "part-00000.parquet").write_text("yesterday's")
     before = files(run.output)
-    assert refusal(DataError, lambda: score(run, model=str(bundle_path), overwrite=True, say=quiet)).startswith(message)
+    scored: list[int] = []
+    options = {
+        "model": str(bundle_path),
+        "overwrite": True,
+        "say": quiet,
+        "on_rows": lambda done, _: scored.append(done),
+    }
+    assert refusal(DataError, lambda: score(run, **options)).startswith(message)
+    assert scored == []  # not after an hour of scoring
     assert files(run.output) == before
     verify(resolve(target))
+
+
+def test_a_few_rows_without_a_key_of_their_own_are_set_aside(
+    altered: Callable[..., Run], platform: Platform, bundle_path: Path, tmp_path: Path
+) -> None:
+    """The others get the scores that they get alone; of equal keys the first row."""
+
+    def change(table: pl.DataFrame) -> pl.DataFrame:
+        twice = table.slice(17, 3).with_columns(age=pl.lit(99, table["age"].dtype))
+        return pl.concat([some("impression_id", None, rows=2)(table), twice])
+
+    said: list[str] = []
+    [whole] = score(platform.at(tmp_path / "whole"), model=str(bundle_path), say=quiet)
+    run = altered(change, TEST)
+    [target] = score(run, model=str(bundle_path), say=said.append)
+    reasons = {"key impression_id is null": 2, "key impression_id is repeated": 3}
+    about = verify(resolve(target)).about
+    assert (about["rows"], about["bad"]) == (ROWS - 2, reasons)
+    found = pl.read_parquet(target / "part-*.parquet")
+    assert found.equals(pl.read_parquet(whole / "part-*.parquet").slice(2))
+    rejected = pl.read_parquet(target / "rejected.parquet")
+    assert dict(rejected["reason"].value_counts().iter_rows()) == reasons
+    assert rejected.filter(pl.col("reason").str.contains("repeated"))["age"].to_list() == [99] * 3
+    assert said[-1].endswith(
+        "set aside 2 x key impression_id is null; set aside 3 x key impression_id is repeated "
+        f"-> {target}/rejected.parquet"
+    )
 
 
 def test_scoring_refuses_what_is_published(platform: Platform, bundle_path: Path, tmp_path: Path) -> None:

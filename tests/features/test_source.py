@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from polars.testing import assert_frame_equal
 from pydantic import ValidationError
 
 from base.errors import ConfigError, DataError
 from base.storage import publish
+from features.columns import explained
 from features.readers.criteo import COUNTS, IDS, read_criteo
 from features.readers.movielens import read_movielens_1m
 from features.source import REASON, Data, Files, Source, Table
@@ -118,6 +120,32 @@ def test_csv_with_a_header(tmp_path: Path) -> None:
     assert raw(source(tmp_path)).rows() == [(1, 0, 501), (2, 1, 10001), (3, 1, 2)]
     typed = raw(source(tmp_path / "*.csv", types={"zip": "text", "k": "float"}))
     assert typed.rows() == [(1.0, 0, "00501"), (2.0, 1, "10001"), (3.0, 1, "00002")]
+
+
+def test_integers_beyond_int64_are_readable_by_others(tmp_path: Path) -> None:
+    """Polars reads them as integers of 128 bits, which Parquet's other readers do not know."""
+    path = csv(tmp_path, f"k,y,big\n{2**64 - 1},0,{2**127 - 1}\n{2**63},1,-5\n")
+    keys = pl.concat([source(path).raw(f"split={part}").select("k") for part in ("train", "valid")])
+    keys.sink_parquet(tmp_path / "keys.parquet")
+    assert sorted(pq.read_table(tmp_path / "keys.parquet")["k"].to_pylist()) == [2**63, 2**64 - 1]
+    pl.scan_csv(path).sink_parquet(tmp_path / "wide.parquet")
+    found = source(tmp_path / "wide.parquet").raw("split=train").select("k", "y")
+    assert found.collect_schema() == {"k": pl.UInt64, "y": pl.Int64}
+    message = r"log: column 'big' holds (1701411834\d+|-5), .* types = \{ \"big\" = \"text\" \} beside its path"
+    with pytest.raises(DataError, match=message), explained("log"):
+        raw(source(path))
+    typed = raw(source(path, types={"big": "text", "k": "text"}))
+    assert typed.rows() == [(str(2**64 - 1), 0, str(2**127 - 1)), (str(2**63), 1, "-5")]
+    typed.write_parquet(tmp_path / "typed.parquet")
+    assert pq.read_table(tmp_path / "typed.parquet")["big"].to_pylist() == [str(2**127 - 1), "-5"]
+
+
+def test_a_value_unlike_the_first_ten_thousand_is_named_with_the_remedy(tmp_path: Path) -> None:
+    path = csv(tmp_path, "k,y\n" + "1,0\n" * 10_000 + f"{2**64},1\n")
+    message = f"log: column 'k' holds {2**64}, which is not of the type that its other values have"
+    with pytest.raises(DataError, match=message), explained("log"):
+        raw(source(path))
+    assert raw(source(path, types={"k": "text"}))["k"][-1] == str(2**64)
 
 
 def test_csv_without_a_header(tmp_path: Path) -> None:

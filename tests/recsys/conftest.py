@@ -31,7 +31,10 @@ class Examples:
 
     @staticmethod
     def schema(tasks: int = 1, dense: int = 2, *, funnel: bool = False, negative_rate: float = 1.0) -> Schema:
-        """Tables of different sizes, one of a single row, two of bags; of a funnel, the labels click and buy."""
+        """Tables of different sizes, one of a single row, two of bags; of a funnel, the labels click and buy.
+
+        Two of them have names that torch refuses: one with a dot, one that an attribute has.
+        """
         labels = ("click", "buy") if funnel else ("click", "like", "buy")[:tasks]
         return Schema(
             keys=(),
@@ -40,9 +43,9 @@ class Examples:
                 Sparse(name="shape", rows=7),
                 Sparse(name="tags", rows=23, multi=True),
                 Sparse(name="word", rows=4_000),
-                Sparse(name="only", rows=1),
+                Sparse(name="type", rows=1),
                 Sparse(name="genres", rows=12, multi=True),
-                Sparse(name="color", rows=5),
+                Sparse(name="geo.color", rows=5),
             ),
             labels=labels,
             funnel=labels if funnel else (),

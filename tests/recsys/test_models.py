@@ -26,7 +26,7 @@ from recsys.batch import Batch
 from recsys.bundle import Bundle, golden_rows, load_model
 from recsys.data import IdCount, to_columns
 from recsys.distributed import Sharded, Table, reset_tables, shard
-from recsys.embeddings import Embeddings, in_order
+from recsys.embeddings import Embeddings, feature_of, in_order, shown, table_name
 from recsys.experts import ExpertsConfig, Gate
 from recsys.interacting import Interacting
 from recsys.losses import in_batch_softmax
@@ -98,7 +98,7 @@ FUNNELS: dict[str, ModelConfig] = {
 }
 SIDES: dict[str, Any] = {
     "query": ("shape", "tags", "number0"),
-    "item": ("word", "genres", "color", "number1"),
+    "item": ("word", "genres", "geo.color", "number1"),
     "dim": 8,
     "temperature": 0.5,
     "log_q": False,
@@ -156,10 +156,10 @@ class Case:
         """By the name of a table: its feature, and the tower that has it for itself, if one has."""
         if isinstance(self.config, TwoTowerConfig):
             used = {*self.config.query, *self.config.item}
-            return {f.name: (f.name, "") for f in schema.sparse if f.name in used}
+            return {table_name(f.name): (f.name, "") for f in schema.sparse if f.name in used}
         if getattr(self.config, "shared_embeddings", True):
-            return {f.name: (f.name, "") for f in schema.sparse}
-        return {f"{f.name}@{t}": (f.name, t) for t in self.towers(schema) for f in schema.sparse}
+            return {table_name(f.name): (f.name, "") for f in schema.sparse}
+        return {table_name(f.name, t): (f.name, t) for t in self.towers(schema) for f in schema.sparse}
 
 
 ONCE = {name: Case(config) for name, config in PER_LABEL.items()} | {
@@ -572,9 +572,9 @@ def test_initial_tables_follow_seed_and_name_alone(case: Case, examples: Any) ->
         key: {n: t.weights_RD.clone() for n, t in tables_of(case.trainable(s, seed)[1]).items()}
         for key, s, seed in (("first", schema, 3), ("fewer", fewer, 3), ("seed", schema, 4))
     }
-    copies_of: dict[str, list[Tensor]] = {"word": [], "color": [], twin.name: []}
+    copies_of: dict[str, list[Tensor]] = {"word": [], "geo.color": [], twin.name: []}
     for name, (feature, _) in case.tables(schema).items():
-        if feature in ("word", "color"):
+        if feature in ("word", "geo.color"):
             assert tables["first"][name].equal(tables["fewer"][name])
             assert tables["first"][name].equal(tables["seed"][name]) == (std == 0)
         if feature in copies_of:
@@ -584,6 +584,19 @@ def test_initial_tables_follow_seed_and_name_alone(case: Case, examples: Any) ->
         assert not copy.equal(copies_of["word"][0])
     word_RD = copies_of["word"][0]
     assert (word_RD[word_RD != 0].std().item() if std else 0.0) == pytest.approx(std, rel=0.05)
+
+
+def test_a_table_is_named_by_its_feature_and_copy() -> None:
+    """Names without a dot are what they were in older Bundles; the others lead back to what they stand for."""
+    assert [table_name("price"), table_name("a%2Eb", "click")] == ["price", "a%2Eb@click"]
+    features, copies_of = ("geo.city", "geo.", "geo", ".", "type", "keys", "a..b"), ("", "click", "a.b", "x.")
+    pairs = [(feature, copy) for feature in features for copy in copies_of]
+    names = [table_name(*pair) for pair in pairs]
+    assert len(set(names)) == len(names)
+    assert [feature_of(name) for name in names] == [feature for feature, _ in pairs]
+    assert [shown(name) for name in names] == [f"{f}@{c}" if c else f for f, c in pairs]
+    tables = torch.nn.ModuleDict({name: torch.nn.Identity() for name in names})
+    assert list(tables) == names
 
 
 def test_towers_that_share_nothing_learn_nothing_from_each_other(examples: Any) -> None:
@@ -875,8 +888,9 @@ def numpy_embeddings(
     for i, row in enumerate(frame.iter_rows(named=True)):
         for f, feature in enumerate(schema.sparse):
             bag = row[feature.name] if feature.multi else [row[feature.name]]
+            table = checkpoint.TABLE.format(table_name(feature.name, copy.removeprefix("@")))
             for value in bag:
-                e_BFD[i, f] += weights[checkpoint.TABLE.format(feature.name + copy)][value] / len(bag)
+                e_BFD[i, f] += weights[table][value] / len(bag)
         for n, field in enumerate(schema.dense):
             v_D = weights["embed.numeric_ND"][place * len(schema.dense) + n]
             e_BFD[i, len(schema.sparse) + n] = v_D * row[field.name]

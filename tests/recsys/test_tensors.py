@@ -42,6 +42,16 @@ def test_tensors_come_back_as_they_were(large: int, tmp_path: Path) -> None:
     assert {p.suffix for p in folder.iterdir()} == {".safetensors"}
 
 
+@pytest.mark.parametrize("large", [1, 10**9])
+def test_a_name_may_look_like_a_part(large: int, tmp_path: Path) -> None:
+    """As that of a tower's own table does, where the tower is called `rows`."""
+    tensors = {"embed.user@rows.weight": torch.ones(3, 2), "a@rows000000000000": torch.zeros(1, 2)}
+    if large > 1:
+        tensors.pop("a@rows000000000000")
+    found = load_tensors(stored(tensors, tmp_path, large))
+    assert {n: t.tolist() for n, t in found.items()} == {n: t.tolist() for n, t in tensors.items()}
+
+
 def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
     wanted = {"wide", "embed.tables.embedding_bags.user id.weight", "one", "unknown"}
     loaded = load_tensors(stored(TENSORS, tmp_path, large=2_000), wanted)
