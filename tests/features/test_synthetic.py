@@ -40,6 +40,7 @@ from features.readers.synthetic import (
     planted_effects,
 )
 from pipelines.cli import main
+from tests.marks import quick
 
 CONFIG = SyntheticConfig()
 SMALL = SyntheticConfig(rows_per_day=5_000)
@@ -552,7 +553,7 @@ def test_a_drifting_logit_is_the_sum_of_the_days_effects() -> None:
     assert rest.std() < 1e-9
 
 
-@pytest.mark.parametrize("drift", [0.05, 0.2])
+@pytest.mark.parametrize("drift", quick({"slowly": 0.05, "fast": 0.2}, "fast"))
 def test_rates_stay_while_taste_moves(drift: float) -> None:
     config = drifting(rows_per_day=100_000, drift=drift, taste=1.0, **RATES)
     for index in (1, 9, 29):
@@ -564,6 +565,7 @@ def test_rates_stay_while_taste_moves(drift: float) -> None:
             assert abs(error.mean()) < 4 * error.std() / 100_000**0.5  # pyright: ignore
 
 
+@pytest.mark.slow
 def test_what_was_learned_yesterday_is_worth_more_than_what_was_learned_last_month() -> None:
     """By the click rate of each item and of each pair of levels: no more than lookups."""
     config = drifting(rows_per_day=50_000, drift=0.05, taste=1.0, users=500, items=200)

@@ -16,7 +16,7 @@ from features.schema import Dense, Schema, Sparse
 from pipelines.examples import ROW_GROUP as WRITTEN
 from recsys.batch import Batch, part_of
 from recsys.data import ROW_GROUP, ExampleStream, IdCount, batches, check_ids, to_columns
-from tests.marks import quick
+from tests.marks import drawn, quick
 
 BAGS = Schema(
     keys=("key",),
@@ -240,7 +240,7 @@ def flat(parts: list[list[int]]) -> list[int]:
     return [r for part in parts for r in part]
 
 
-@settings(max_examples=25, deadline=None)
+@drawn(25)
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=3),
     row_group=st.integers(3, 40),
