@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+for threads in ("OMP_NUM_THREADS", "POLARS_MAX_THREADS"):
+    os.environ.setdefault(threads, "1")  # before torch and Polars are imported: the workers share the cores
+
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_disks() -> Iterator[None]:
