@@ -203,7 +203,7 @@ def test_every_change_is_another_training() -> None:
     assert len(runs) == len(CHANGES) + 1
 
 
-@pytest.mark.parametrize("change", quick(CHANGES, "table_l2", "threads"))
+@pytest.mark.parametrize("change", quick(CHANGES, "table_l2", "epochs"))
 def test_another_configuration_starts_from_the_beginning(change: dict[str, Any], data: Any, tmp_path: Path) -> None:
     with pytest.raises(InterruptionError):
         run(data, tmp_path / "state", with_config(checkpoint_every=1), stop_at=5)
