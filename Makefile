@@ -8,6 +8,7 @@ BIN = $(VENV)/bin
 FBGEMM_cpu  = fbgemm-gpu-cpu==1.8.0
 FBGEMM_cuda = fbgemm-gpu==1.8.0
 READY = $(VENV)/ready-$(ACCEL)
+export PYTHONDONTWRITEBYTECODE =  # set, every worker would compile every test anew
 
 .PHONY: help setup demo demo-retrieval production-demo test slow check lock peer clean
 
@@ -40,9 +41,9 @@ production-demo: setup ## five days of production: a real MLflow and a real Airf
 test: check ## style, types, import contracts, then all tests but the slow ones
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 
-slow: setup ## the tests that take minutes: kills at every write, a scheduler, servers
+slow: setup ## the other tests: whole grids, more examples, kills at every write, a scheduler, servers
 	tests/postgres.sh
-	$(BIN)/python -m pytest -m slow
+	THOROUGH=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "slow or hypothesis"
 
 check: setup ## ruff, pyright, import contracts
 	$(BIN)/ruff check .

@@ -329,6 +329,7 @@ def _built(settings: ExactConfig | HNSWConfig | IVFPQConfig, vectors_ID: Vectors
         case IVFPQConfig():
             lists, subvectors = _divided(settings, items, dimension)
             index = faiss.index_factory(dimension, f"IVF{lists},PQ{subvectors}x8", faiss.METRIC_INNER_PRODUCT)
+            index.do_polysemous_training = False  # seconds a subvector, for a filter that no search here uses
             for learning in (index.cp, index.pq.cp):
                 learning.max_points_per_centroid = 2 * _TRAINING_ITEMS  # more takes longer and finds nothing more
             index.nprobe = min(settings.probes, lists)

@@ -7,16 +7,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.faults.conftest import children
 
 REPO = Path(__file__).resolve().parents[2]
 DAGS = ["backfill", "features", "full_retrain", "scoring", "training"]
 OF_RETRIEVAL = ["retrieval", "retrieval_full_retrain"]
 RETRIEVAL = {"RECSYS_RETRIEVAL_CONFIG": "retrieval.toml"}
 DAY = "2026-03-07"
+Child = Callable[..., str]
 
 IMPORT = """
 import importlib.util, json, sys, time
@@ -136,15 +140,6 @@ WITH_RETRIEVAL = {
 }
 
 
-def child(code: str, *arguments: str, environment: dict[str, str]) -> str:
-    """Standard output of a Python program."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def airflow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment of an Airflow of its own; nothing of these tests needs its database."""
@@ -156,7 +151,25 @@ def airflow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def describe(environment: dict[str, str], folder: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def child(airflow: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
+    """What a Python program says that is forked where Airflow has been imported, and nothing of ours."""
+    modules = [
+        *("airflow.dag_processing.dagbag", "airflow.sdk.definitions.mappedoperator"),
+        *("airflow.providers.standard.operators.bash", "airflow.providers.standard.operators.empty"),
+        "airflow.providers.standard.sensors.date_time",
+    ]
+    with children(tmp_path_factory.mktemp("children"), modules, airflow) as order:
+
+        def child(code: str, *arguments: str, environment: Mapping[str, str] = {}) -> str:
+            done = order("program", environment, code=code, arguments=arguments)
+            assert done.status == 0, done.output[-8000:]
+            return done.output
+
+        yield child
+
+
+def describe(child: Child, environment: Mapping[str, str], folder: Path) -> dict[str, Any]:
     out = folder / "dags.json"
     child(DESCRIBE, str(REPO / "dags"), str(out), environment=environment)
     found = json.loads(out.read_text())
@@ -165,17 +178,17 @@ def describe(environment: dict[str, str], folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def described(airflow: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return describe(airflow, tmp_path_factory.mktemp("described"))
+def described(child: Child, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return describe(child, {}, tmp_path_factory.mktemp("described"))
 
 
 @pytest.fixture(scope="module")
-def with_retrieval(airflow: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return describe(airflow | RETRIEVAL, tmp_path_factory.mktemp("with_retrieval"))
+def with_retrieval(child: Child, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return describe(child, RETRIEVAL, tmp_path_factory.mktemp("with_retrieval"))
 
 
 def run(
-    environment: dict[str, str], folder: Path, *, key: str | None, mapped: str, conf: dict[str, Any]
+    child: Child, environment: Mapping[str, str], folder: Path, *, key: str | None, mapped: str, conf: dict[str, Any]
 ) -> dict[str, Any]:
     """What the stub saw, by DAG and task."""
     stub = folder / "python"
@@ -188,8 +201,11 @@ def run(
 
 
 def test_importing_the_files_is_quick_and_brings_in_nothing_of_ours(airflow: dict[str, str]) -> None:
-    files = ",".join([*DAGS, "retrieval"])
-    found = json.loads(child(IMPORT, files, str(REPO / "dags"), environment=airflow | RETRIEVAL))
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT, ",".join([*DAGS, "retrieval"]), str(REPO / "dags")],
+        env=airflow | RETRIEVAL, capture_output=True, text=True, check=True, timeout=600,
+    )  # fmt: skip
+    found = json.loads(done.stdout)
     heavy = {"torch", "torchrec", "fbgemm_gpu", "polars", "mlflow", "numpy", "pandas", "sklearn"}
     ours = {"base", "features", "recsys", "pipelines", "serving", "bench"}
     assert not {name.partition(".")[0] for name in found["all"]} & (heavy | ours)
@@ -258,17 +274,17 @@ def test_feature_building_is_a_map_over_partitions(described: dict[str, Any]) ->
     assert described["full_retrain"]["rules"]["train"] == "none_failed"
 
 
-def test_the_first_day_makes_the_schedule_catch_up(airflow: dict[str, str], tmp_path: Path) -> None:
-    found = describe(airflow | {"RECSYS_START": "2026-03-01"}, tmp_path)
+def test_the_first_day_makes_the_schedule_catch_up(child: Child, tmp_path: Path) -> None:
+    found = describe(child, {"RECSYS_START": "2026-03-01"}, tmp_path)
     assert [name for name, dag in found.items() if dag["catchup"]] == ["features"]
     # The tick that starts the run of a day is the midnight after it.
     assert found["features"]["start"] == "2026-03-02 00:00:00+00:00"
     assert found["scoring"]["start"] == "2026-03-01 00:00:00+00:00"
 
 
-def test_settings_come_from_the_environment(airflow: dict[str, str], tmp_path: Path) -> None:
+def test_settings_come_from_the_environment(child: Child, tmp_path: Path) -> None:
     given = {"RECSYS_CONFIG": "conf/mine.toml", "RECSYS_HOME": "/srv/recsys", "RECSYS_DEADLINE_HOURS": "0.5"}
-    found = describe(airflow | given | {"RECSYS_TRAINING_QUEUE": "gpu"}, tmp_path)
+    found = describe(child, given | {"RECSYS_TRAINING_QUEUE": "gpu"}, tmp_path)
     queues = {name: dag["queues"] for name, dag in found.items() if dag["queues"]}
     assert queues == {"training": {"train": "gpu"}, "full_retrain": {"train": "gpu"}}
     for dag in found.values():
@@ -276,13 +292,12 @@ def test_settings_come_from_the_environment(airflow: dict[str, str], tmp_path: P
         assert dag["hours"] == [0.5]
 
 
-def test_each_task_is_one_command_line(airflow: dict[str, str], tmp_path: Path) -> None:
+def test_each_task_is_one_command_line(child: Child, tmp_path: Path) -> None:
     home = tmp_path / "it's a home"
     home.mkdir()
     for given, commands in ({}, COMMANDS), (RETRIEVAL, WITH_RETRIEVAL):
-        environment = airflow | given
-        seen = run(environment, tmp_path, key=DAY, mapped="day=2026-03-05", conf={"home": str(home)})
-        days = run(environment, tmp_path, key="2026-03-01..2026-03-09", mapped="2026-03-05", conf={"home": str(home)})
+        seen = run(child, given, tmp_path, key=DAY, mapped="day=2026-03-05", conf={"home": str(home)})
+        days = run(child, given, tmp_path, key="2026-03-01..2026-03-09", mapped="2026-03-05", conf={"home": str(home)})
         seen |= {name: called for name, called in days.items() if name.startswith("backfill.")}
         assert {name: called["argv"] for name, called in seen.items()} == {
             name: ["-P", "-m", "pipelines.cli", *command] for name, command in commands.items()
@@ -290,13 +305,13 @@ def test_each_task_is_one_command_line(airflow: dict[str, str], tmp_path: Path) 
         assert {Path(called["cwd"]).name for called in seen.values()} == {"it's a home"}
 
 
-def test_what_is_given_never_becomes_a_command(airflow: dict[str, str], tmp_path: Path) -> None:
+def test_what_is_given_never_becomes_a_command(child: Child, tmp_path: Path) -> None:
     home = tmp_path / "it's a $(touch home) folder"
     home.mkdir()
     hostile = "x'; touch a #$(touch b)`touch c`\"{{ 7 * 7 }}"
     conf = {"home": str(home), "keep": hostile, "overwrite": hostile}
     conf |= {"config": hostile, "retrieval_config": hostile}
-    seen = run(airflow | RETRIEVAL, tmp_path, key=hostile, mapped=hostile, conf=conf)
+    seen = run(child, RETRIEVAL, tmp_path, key=hostile, mapped=hostile, conf=conf)
     assert seen.keys() == WITH_RETRIEVAL.keys()
     for called in seen.values():
         assert called["argv"][5] == hostile
@@ -325,10 +340,10 @@ print("\\n" + json.dumps(found))
 """
 
 
-def test_only_days_are_partition_keys(airflow: dict[str, str]) -> None:
+def test_only_days_are_partition_keys(child: Child) -> None:
     keys = [None, "", "None", "2026-3-7", "20260307", "2026-W10-6", "2026-02-30", "2026-03-07; touch x", DAY]
     ranges = ["2026-02-27..2026-03-01", f"{DAY}..{DAY}", "2026-03-07..2026-03-06", "..2026-03-07", "2026-03-07..x"]
-    found = json.loads(child(KEYS, json.dumps([*keys, *ranges]), environment=airflow).splitlines()[-1])
+    found = json.loads(child(KEYS, json.dumps([*keys, *ranges])).splitlines()[-1])
     accepted = {key: value for key, value in found.items() if not value.startswith("refused: partition key ")}
     assert accepted == {
         f"require_day {DAY}": DAY,
@@ -346,14 +361,14 @@ alarm("failed", dag="training", partition="2026-03-07")
 
 
 @pytest.mark.parametrize("command", ["false", "no-such-command", "sleep 'unclosed"])
-def test_a_broken_alarm_command_breaks_nothing(airflow: dict[str, str], command: str) -> None:
-    child(ALARM, environment=airflow | {"RECSYS_ALARM": command})
+def test_a_broken_alarm_command_breaks_nothing(child: Child, command: str) -> None:
+    child(ALARM, environment={"RECSYS_ALARM": command})
 
 
-def test_an_alarm_is_one_line_of_json_for_the_command(airflow: dict[str, str], tmp_path: Path) -> None:
+def test_an_alarm_is_one_line_of_json_for_the_command(child: Child, tmp_path: Path) -> None:
     file = tmp_path / "it's alarms"
     for _ in range(2):
-        child(ALARM, environment=airflow | {"RECSYS_ALARM": f'tee -a "{file}"'})
+        child(ALARM, environment={"RECSYS_ALARM": f'tee -a "{file}"'})
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["event"] for line in lines] == ["failed", "failed"]
     assert lines[0].keys() == {"event", "at", "dag", "partition"}

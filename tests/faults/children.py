@@ -93,6 +93,12 @@ def race(config: str, bundle: str, target: str, versions: Sequence[str]) -> list
     return [process.exitcode or 0 for process in processes]
 
 
+def program(code: str, arguments: list[str]) -> None:
+    """A Python program, as `python -c` has it."""
+    sys.argv = ["-c", *arguments]
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+
+
 def command(arguments: list[str]) -> None:
     """The command line, in this process."""
     from pipelines.cli import main
@@ -171,6 +177,10 @@ def main() -> None:
     """Import the modules in the arguments, then serve orders until the input ends."""
     for module in sys.argv[1:]:
         importlib.import_module(module)
+    if "numba" in sys.modules:  # what the first call of a compiled loop would load, in every child
+        registry = importlib.import_module("numba.core.registry").cpu_target
+        registry.typing_context.refresh()
+        registry.target_context.refresh()
     folder = Path(os.environ["CHILDREN"])
     for order in sys.stdin:
         with (folder / "output").open("w+") as output, (folder / "result").open("w+") as result:

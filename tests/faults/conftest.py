@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -103,15 +104,13 @@ class Platform:
         return load_config(Run, self.config, [f"output='{output}'", f"mlflow.uri='{self.mlflow}'", *overrides])
 
 
-@pytest.fixture(scope="session")
-def order(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Order]:
-    """Calls a function of children.py in a process of its own: order("train", {"FAULT": ...}, folder=...)."""
-    environment = {**os.environ, "CHILDREN": str(tmp_path_factory.mktemp("children"))}
+@contextmanager
+def children(folder: Path, modules: Sequence[str], environment: Mapping[str, str] = os.environ) -> Iterator[Order]:
+    """A process that has imported these, and forks another for every order."""
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("children.py"))]
-    modules = ["pipelines.config", "pipelines.prepare", "pipelines.score", "recsys.trainer"]
     with subprocess.Popen(
         [*command, *modules],
-        env=environment,
+        env={**environment, "CHILDREN": str(folder)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -128,6 +127,14 @@ def order(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Order]:
 
         yield order
         orders.close()
+
+
+@pytest.fixture(scope="session")
+def order(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Order]:
+    """Calls a function of children.py in a process of its own: order("train", {"FAULT": ...}, folder=...)."""
+    modules = ["pipelines.config", "pipelines.prepare", "pipelines.score", "recsys.trainer", "torch.distributed.optim"]
+    with children(tmp_path_factory.mktemp("children"), modules) as order:
+        yield order
 
 
 @pytest.fixture(scope="session")

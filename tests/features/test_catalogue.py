@@ -153,6 +153,7 @@ def test_missing_shares_and_bags_are_as_announced() -> None:
         assert bags.list.n_unique().equals(bags.list.len())
 
 
+@pytest.mark.slow
 def test_features_of_a_group_tell_more_of_each_other_than_of_other_groups() -> None:
     """Mutual information, of single values as a share of the smaller entropy, of every feature."""
     config = CatalogueConfig(items=200_000, themes=2_000)  # so many that chance tells little
@@ -220,6 +221,7 @@ def test_every_day_brings_ids_that_no_earlier_day_had() -> None:
 # The truth
 
 
+@pytest.mark.slow
 def test_frequencies_follow_the_exposures() -> None:
     """Of every user's impressions, the share that shows each item; chi-square per degree of freedom is about 1."""
     day = 1

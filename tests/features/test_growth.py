@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import features.pipeline
@@ -19,6 +19,7 @@ from base.errors import ArtefactError, ConfigError, DataError
 from base.storage import publish, resolve
 from features.pipeline import Ancestor, FeaturePipeline, FittedPipeline, changed_rows
 from features.transforms import Hash, Quantiles, Standardise, Vocabulary
+from tests.marks import drawn
 
 START = date(2026, 3, 1)
 VALUES = "abcdefgh"
@@ -130,7 +131,7 @@ LIVES = given(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@drawn(80)
 @LIVES
 def test_a_vocabulary_lives_as_described(
     days: list[tuple[int, list[str]]], recycle_after_days: int | None, **dials: Any
@@ -151,7 +152,7 @@ def test_a_vocabulary_lives_as_described(
             assert len(encoded(fitted)) <= dials["max_size"]
 
 
-@settings(max_examples=80, deadline=None)
+@drawn(80)
 @LIVES
 def test_what_is_accepted_means_the_same(
     days: list[tuple[int, list[str]]], recycle_after_days: int | None, **dials: Any

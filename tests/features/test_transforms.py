@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 import pytest
 import xxhash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from pydantic import ValidationError
@@ -35,6 +35,7 @@ from features.transforms import (
     Transform,
     Vocabulary,
 )
+from tests.marks import drawn
 
 BIG = 2**53  # from here on, a float cannot tell neighbouring integers apart
 
@@ -146,7 +147,7 @@ EXAMPLES = [
 LEARNING = [e for e in EXAMPLES if type(e.transform).learns]
 EVERY = pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
 EVERY_LEARNING = pytest.mark.parametrize("example", LEARNING, ids=lambda e: e.name)
-few = settings(max_examples=12, deadline=None)
+few = drawn(12)
 
 
 def training(example: Example, size: int = 60, seed: int = 0) -> pl.DataFrame:
@@ -511,7 +512,7 @@ def admitted(days: list[list[str]], min_count: int, max_size: int | None) -> tup
     return given_ids, counts
 
 
-@settings(max_examples=60, deadline=None)
+@drawn(60)
 @given(days=DAYS, min_count=st.integers(1, 4), max_size=st.one_of(st.none(), st.integers(1, 4)))
 def test_a_vocabulary_only_grows(days: list[list[str]], min_count: int, max_size: int | None) -> None:
     transform = Vocabulary(column="x", min_count=min_count, max_size=max_size)
@@ -529,7 +530,7 @@ def test_a_vocabulary_only_grows(days: list[list[str]], min_count: int, max_size
             fitted = fitted.extend(texts(*days[n]).lazy())
 
 
-@settings(max_examples=30, deadline=None)
+@drawn(30)
 @given(days=DAYS, min_count=st.integers(1, 4))
 def test_the_vocabulary_of_many_days_counts_what_each_counted(days: list[list[str]], min_count: int) -> None:
     """Partitions of one fit are one day: below-min_count values of each add up."""
@@ -645,7 +646,7 @@ def test_hashes_never_change(text: str, seed: int) -> None:
     ]
 
 
-@settings(max_examples=50, deadline=None)
+@drawn(50)
 @given(values=st.lists(st.text(max_size=40), min_size=1, max_size=20), seed=st.integers(0, 2**64 - 1))
 def test_hashes_are_xxhash64_of_the_text(values: list[str], seed: int) -> None:
     frame = texts(*values)
@@ -680,7 +681,7 @@ def test_hashes_that_cannot_be_computed_are_refused(kind: type[Transform], wrong
 FINITE = st.floats(-1e6, 1e6, allow_subnormal=False)
 
 
-@settings(max_examples=50, deadline=None)
+@drawn(50)
 @given(values=st.lists(FINITE, min_size=2, max_size=30))
 def test_standardise_is_the_textbook_formula(values: list[float]) -> None:
     values = [*values, -5e5, 5e5]  # never constant
@@ -705,7 +706,7 @@ def test_log_is_the_formula_of_the_criteo_winners() -> None:
     assert result(fitted, floats(2.0, math.e, math.e**3, -7.0)).to_list() == pytest.approx([2.0, 1.0, 9.0, -7.0])
 
 
-@settings(max_examples=50, deadline=None)
+@drawn(50)
 @given(values=st.lists(st.floats(-1e5, 1e12, allow_subnormal=False), min_size=2, max_size=30))
 def test_log_is_standardised_by_default(values: list[float]) -> None:
     values = [*values, 0.0, 1e4]
@@ -758,7 +759,7 @@ def test_values_too_close_for_the_resolution_are_refused() -> None:
 # --- buckets ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@drawn(60)
 @given(
     edges=st.lists(st.floats(-100, 100), min_size=1, max_size=8, unique=True),
     values=st.lists(st.floats(-110, 110), max_size=20),

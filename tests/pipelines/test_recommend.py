@@ -214,6 +214,7 @@ def test_cut_into_other_chunks_it_is_the_same(trained: Run, monkeypatch: pytest.
     np.testing.assert_allclose(cut["similarity"], whole["similarity"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_publishes_the_same_bytes(trained: Run, tmp_path: Path) -> None:
     run = elsewhere(trained, "fresh", index={"kind": "hnsw"})
     recommended(run, str(trained.bundle_path))

@@ -217,6 +217,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_bits(folder: Path) -> None:
     assert all(whole.weights[name].equal(tensor) for name, tensor in resumed.weights.items())
 
 
+@pytest.mark.slow
 def test_two_processes_learn_and_measure_the_same(folder: Path) -> None:
     """Negatives are those of the whole batch, and the corrections reach every rank."""
     run = run_of(folder, "processes", train__epochs=2)

@@ -39,6 +39,7 @@ from recsys.retrieval import COUNT, ITEM, RELEVANT, SEEN, USER
 from recsys.tensors import load_tensors
 from recsys.trainer import Progress
 from serving.index import ItemIndex
+from tests.marks import quick
 from tests.pipelines import test_promote_retrieval
 
 USERS, KINDS, FIRST_ITEMS, NEW = 90, 3, 48, 6
@@ -376,7 +377,7 @@ def test_caught_up_is_every_day_in_turn_also_with_ssl_and_the_logs_own_items(tmp
         train_day(run.on(day(6)), say=quiet)
 
 
-@pytest.mark.parametrize("changes", [{}, {"ssl": {"alpha": 0.2}}], ids=["plain", "ssl"])
+@pytest.mark.parametrize("changes", quick({"plain": {}, "ssl": {"ssl": {"alpha": 0.2}}}, "plain"))
 def test_killed_it_goes_on_and_ends_with_the_same_bits(tmp_path: Path, changes: dict[str, Any]) -> None:
     changes = {**changes, "train__batch_size": 40}
     (tmp_path / "whole").mkdir()

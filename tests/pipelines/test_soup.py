@@ -28,6 +28,7 @@ from recsys.metrics import evaluate
 from recsys.sparsity.config import Soup, Sparsity
 from recsys.tensors import load_tensors
 from recsys.trainer import Progress, Trained, predict
+from tests.marks import quick
 from tests.pipelines import test_retrieval
 
 SPARSITY = {"density": 0.5, "schedule": {"interval": 4, "window": 2}}
@@ -208,7 +209,10 @@ def test_the_bundle_has_the_weights_that_were_taken(run: Run, by: float, monkeyp
 # --- killed, and run again --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("done", [1, 2 * STEPS - 1, 2 * STEPS + 5, 4 * STEPS + 1])
+DONE = {"first step": 1, "first done": 2 * STEPS - 1, "in the second": 2 * STEPS + 5, "third begun": 4 * STEPS + 1}
+
+
+@pytest.mark.parametrize("done", quick(DONE, "first step", "in the second"))
 def test_killed_in_a_member_and_resumed_it_is_as_if_never_killed(run: Run, done: int) -> None:
     whole, mine = called(run, "whole"), called(run, f"killed-{done}")
     expected, _ = trained(whole)

@@ -22,6 +22,7 @@ from recsys.bundle import Bundle
 from recsys.checkpoint import BESIDE
 from recsys.tensors import load_tensors
 from recsys.trainer import Progress
+from tests.marks import quick
 from tests.pipelines import test_daily, test_retrieval
 
 RUNS = Path(__file__).parents[2] / "pipelines" / "runs"
@@ -74,7 +75,7 @@ def stop_at(step: int) -> Callable[[Progress], None]:
     return on_step
 
 
-@pytest.mark.parametrize("sparsity", [None, SPARSITY], ids=["dense", "sparse with soup"])
+@pytest.mark.parametrize("sparsity", quick({"dense": None, "sparse with soup": SPARSITY}, "sparse with soup"))
 def test_killed_it_goes_on_and_ends_with_the_same_bits(folder: Path, sparsity: Any) -> None:
     run = test_retrieval.run_of(folder, f"{sparsity is None}", ssl={}, sparsity=sparsity)
     fitted = prepare(run, say=quiet)

@@ -26,6 +26,7 @@ SCHEMAS = {
     "plain": Examples.schema(),
     "two": Examples.schema(tasks=2),
     "funnel": Examples.schema(funnel=True, negative_rate=0.5),
+    "items": Examples.schema().model_copy(update={"item": "word"}),
 }
 ROWS = 1_401
 """In groups of 200, two a window: the last window ends in a batch of one row, of which the second rank has no own."""
@@ -68,16 +69,12 @@ def trained(
         if progress.step == stop_at:
             raise InterruptionError
 
-    config = config_of(**settings)
+    config, schema = config_of(**settings), SCHEMAS[kind]
+    fit, valid = streams(Path(root), kind, config.batch_size)
+    items = {f.name: np.arange(f.rows) % 9 for f in schema.sparse if f.name == schema.item}
+    options: dict[str, Any] = {"on_step": on_step, "item_counts": items.get(schema.item or "")}
     try:
-        pace = learn(
-            _model(model),
-            SCHEMAS[kind],
-            *streams(Path(root), kind, config.batch_size),
-            config,
-            Path(folder),
-            on_step=on_step,
-        )
+        pace = learn(_model(model), schema, fit, None if items else valid, config, Path(folder), **options)
     except InterruptionError:
         return None
     return pace.resumed_at

@@ -34,6 +34,7 @@ from recsys.models.two_tower import TwoTower, TwoTowerConfig
 from recsys.network import MLPTower
 from recsys.sparsity.config import Schedule, Sparsity
 from recsys.trainer import Progress, TrainConfig, Trained, train
+from tests.marks import quick
 
 ITEM = ("brand", "price", "tags", "kind")
 SCHEMA = Schema(
@@ -488,12 +489,18 @@ def run(
     return train(model, schema, fit, None, config, folder / "state", **options), schema
 
 
-@pytest.mark.parametrize(
-    ("variant", "sparsity"),
-    [*((variant, None) for variant in VARIANTS), ("cfm", SPARSE)],
-    ids=[*VARIANTS, "cfm of sparse tables"],
-)
-@pytest.mark.parametrize("name", CASES)
+KILLED = {
+    f"{name}-{variant}{' of sparse tables' if sparsity else ''}": (name, variant, sparsity)
+    for name in CASES
+    for variant, sparsity in (*((variant, None) for variant in VARIANTS), ("cfm", SPARSE))
+}
+
+
+@pytest.mark.parametrize(("name", "variant", "sparsity"), quick(
+    KILLED,
+    *("two_tower-cfm", "two_tower-feature_dropout", "autoint-none", "autoint-cfm of sparse tables"),
+    *("esmm-cfm", "esmm-spread_out"),
+))  # fmt: skip
 def test_killed_it_goes_on_bit_for_bit_and_the_bundle_is_as_without(
     name: str, variant: str, sparsity: Sparsity | None, tmp_path: Path
 ) -> None:
@@ -519,8 +526,12 @@ def test_killed_it_goes_on_bit_for_bit_and_the_bundle_is_as_without(
         assert all(0 < entry["self_loss"] < 1.1 * np.log(25) for entry in whole.history)
 
 
-@pytest.mark.parametrize("variant", ["cfm", "none", "spread_out"])
-@pytest.mark.parametrize("name", CASES)
+TOLD_APART = {key: of[:2] for key, of in KILLED.items() if of[1] != "feature_dropout" and of[2] is None}
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), quick(TOLD_APART, "two_tower-cfm", "two_tower-spread_out", "autoint-none", "esmm-cfm")
+)
 def test_items_are_told_apart_ever_better(name: str, variant: str, tmp_path: Path) -> None:
     config = FAST.model_copy(update={"epochs": 8})
     trained, _ = run(name, tmp_path, {**VARIANTS[variant], "alpha": 3.0}, config=config)

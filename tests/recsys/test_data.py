@@ -16,6 +16,7 @@ from features.schema import Dense, Schema, Sparse
 from pipelines.examples import ROW_GROUP as WRITTEN
 from recsys.batch import Batch, part_of
 from recsys.data import ROW_GROUP, ExampleStream, IdCount, batches, check_ids, to_columns
+from tests.marks import drawn, quick
 
 BAGS = Schema(
     keys=("key",),
@@ -239,7 +240,7 @@ def flat(parts: list[list[int]]) -> list[int]:
     return [r for part in parts for r in part]
 
 
-@settings(max_examples=25, deadline=None)
+@drawn(25)
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=3),
     row_group=st.integers(3, 40),
@@ -451,9 +452,19 @@ def test_every_epoch_draws_others_and_repeats_the_same(tmp_path: Path) -> None:
     assert set(flat(kept(mixed))) == draws[0, 0]  # in another order, the very same rows
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize(("sizes", "window"), [([100, 73], 2), ([100, 73], 1), ([230], 8)])
-@pytest.mark.parametrize("rate", [0.01, 0.4])
+SAMPLED = {
+    f"{rate} of {sizes}, {window} groups, {'shuffled' if shuffle else 'in order'}": (sizes, window, shuffle, rate)
+    for rate in (0.01, 0.4)
+    for sizes, window in (([100, 73], 2), ([100, 73], 1), ([230], 8))
+    for shuffle in (True, False)
+}
+
+
+@pytest.mark.parametrize(("sizes", "window", "shuffle", "rate"), quick(
+    SAMPLED,
+    *("0.4 of [100, 73], 2 groups, shuffled", "0.4 of [230], 8 groups, in order"),
+    *("0.01 of [100, 73], 1 groups, shuffled", "0.01 of [230], 8 groups, shuffled"),
+))  # fmt: skip
 def test_any_position_of_a_sampled_epoch_can_be_resumed(
     sizes: list[int], window: int, shuffle: bool, rate: float, tmp_path: Path
 ) -> None:

@@ -46,6 +46,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "esmm": ("funnel", {"name": "esmm", "dim": 4, "tower": TOWER, "shared_embeddings": False}),
     "escm2": ("funnel", {"name": "escm2", "dim": 4, "tower": TOWER, "risk": "dr"}),
     "nise": ("funnel", {"name": "nise", "dim": 4, "tower": TOWER}),
+    "two_tower": ("items", {"name": "two_tower", "dim": 4, "query": ["shape", "tags"], "item": ["word", "genres"]}),
 }
 DROPPING = AUTOINT | {"embedding_dropout": 0.3}
 TOLERANCE = 1e-5
@@ -138,7 +139,10 @@ def check_close(one: Path, two: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_two_processes_train_as_one(name: str, ran: Ran) -> None:
-    """Also where the loss is a mean over the clicked or the labelled rows of a batch, or a ratio of such means."""
+    """Also where the loss is a mean over the clicked or the labelled rows of a batch, or a ratio of such means.
+
+    Or where the negatives are the others of the whole batch, corrected for by their counts.
+    """
     check_close(ran.root / "one" / name, ran.root / "two" / name)
     position = checkpoint.stands_at(ran.root / "two" / name)
     assert position.step >= 25

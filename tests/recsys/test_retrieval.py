@@ -38,7 +38,8 @@ def by_sorting(queries: Any, vectors: Any, seen: Lists, relevant: Lists, slices:
     found: list[list[float]] = []
     shown: set[int] = set()
     for u, scores in enumerate(queries @ vectors.T):
-        unseen = [i for i in np.argsort(-scores) if i not in set(seen[u])]
+        known = set(seen[u])
+        unseen = [i for i in np.argsort(-scores) if i not in known]
         shown |= set(unseen[:k])
         wanted = set(relevant[u]) & own
         if not wanted:

@@ -30,6 +30,7 @@ from recsys.sparsity.layout import even_sizes, even_total
 from recsys.sparsity.tables import SparseTables, read_groups
 from recsys.tensors import load_tensors
 from recsys.trainer import Trained, train
+from tests.marks import quick
 from tests.recsys import expanded
 from tests.recsys.test_trainer import FAST, SCHEMA, InterruptionError, grown, run, same, streams, with_config
 
@@ -50,6 +51,10 @@ KINDS = {
     "fixed": Sparsity(density=0.4, schedule=Schedule(grow="none"), positions="nested"),
 }
 EVERY = pytest.mark.parametrize("kind", KINDS)
+SOME = pytest.mark.parametrize(
+    "kind",
+    quick({kind: kind for kind in KINDS}, "row", "between rows, element", "popular", "one table", "fixed"),
+)
 
 
 @pytest.fixture
@@ -125,7 +130,7 @@ def test_a_table_that_is_kept_whole_does_not_depend_on_the_sparse_ones_kind(data
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
-@EVERY
+@SOME
 def test_resumed_anywhere_it_is_as_if_never_interrupted(kind: str, data: Any, tmp_path: Path) -> None:
     """Bit for bit in masks, weights, all states and the window that is being watched."""
     config, sparsity = with_config(checkpoint_every=1), KINDS[kind]
@@ -175,7 +180,7 @@ def once(data: Any, folder: Path, sparsity: Sparsity | None) -> Trained:
 
 
 @pytest.mark.parametrize("rule", ["mean", "hash"])
-@EVERY
+@SOME
 def test_known_rows_keep_their_bits_and_new_ones_get_the_densitys_share(
     kind: str, rule: NewRows, data: Any, tmp_path: Path
 ) -> None:
@@ -240,7 +245,7 @@ def test_a_new_rows_positions_follow_from_its_number_alone(data: Any, tmp_path: 
     assert not torch.equal(normal_rows(torch.arange(3), 12, 7), normal_rows(torch.arange(3), 12, 8))
 
 
-@EVERY
+@SOME
 def test_growth_and_training_go_on_day_after_day(kind: str, data: Any, tmp_path: Path) -> None:
     """Sizes grow with the rows; the budget that a state must have is known after any number of growths."""
     sparsity = KINDS[kind]

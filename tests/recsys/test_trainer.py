@@ -32,7 +32,8 @@ from recsys.models.lr import LRConfig
 from recsys.network import MLPTower
 from recsys.sparsity.config import Schedule, Sparsity
 from recsys.tensors import load_tensors
-from recsys.trainer import Progress, TrainConfig, Trained, train
+from recsys.trainer import Progress, TrainConfig, Trained, run_hash, train
+from tests.marks import quick
 
 SCHEMA = Schema(
     keys=(),
@@ -153,7 +154,7 @@ def test_progress_counts_up_to_all_steps(data: Any, tmp_path: Path) -> None:
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 5, 7, 8, 9, 10, 17, 23])
+@pytest.mark.parametrize("stop_at", quick({f"{n}": n for n in (1, 2, 5, 7, 8, 9, 10, 17, 23)}, "1", "8", "9", "23"))
 def test_resumed_anywhere_is_as_if_never_interrupted(stop_at: int, data: Any, tmp_path: Path) -> None:
     """Bit for bit: weights, measurements. 8 batches an epoch, checkpoints every 2 and at its end."""
     config = with_config(checkpoint_every=2)
@@ -188,20 +189,21 @@ def test_a_finished_run_is_not_trained_again(data: Any, tmp_path: Path) -> None:
     assert again.resumed_at == 3 * data[0].batches_per_epoch(0)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": 1},
-        {"learning_rate": 0.02},
-        {"table_learning_rate": 0.2},
-        {"table_accumulator": 0.1},
-        {"table_accumulator_decay": 0.5},
-        {"table_l2": 0.1},
-        {"epochs": 4},
-        {"batch_size": 99},
-        {"threads": 2},
-    ],
-)
+CHANGES: dict[str, dict[str, Any]] = {
+    name: {name: value}
+    for name, value in {
+        **{"seed": 1, "learning_rate": 0.02, "table_learning_rate": 0.2, "table_accumulator": 0.1},
+        **{"table_accumulator_decay": 0.5, "table_l2": 0.1, "epochs": 4, "batch_size": 99, "threads": 2},
+    }.items()
+}
+
+
+def test_every_change_is_another_training() -> None:
+    runs = {run_hash(AUTOINT, SCHEMA, with_config(**change), "") for change in ({}, *CHANGES.values())}
+    assert len(runs) == len(CHANGES) + 1
+
+
+@pytest.mark.parametrize("change", quick(CHANGES, "table_l2", "epochs"))
 def test_another_configuration_starts_from_the_beginning(change: dict[str, Any], data: Any, tmp_path: Path) -> None:
     with pytest.raises(InterruptionError):
         run(data, tmp_path / "state", with_config(checkpoint_every=1), stop_at=5)
@@ -430,7 +432,7 @@ def test_conversions_are_measured_where_they_are_known_and_asked(tmp_path: Path)
     assert best["p_buy_given_click.log_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("stop_at", [1, 5, 6, 9])
+@pytest.mark.parametrize("stop_at", quick({f"{n}": n for n in (1, 5, 6, 9)}, "6", "9"))
 def test_a_sampled_run_resumes_as_if_never_interrupted(stop_at: int, tmp_path: Path) -> None:
     """Which rows are left out follows from seed and epoch alone."""
     schema = FUNNEL.model_copy(update={"negative_rate": 0.3})
