@@ -7,7 +7,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
@@ -18,6 +18,7 @@ import click
 from base.config import load_config
 from base.errors import Superseded, UserError, explained, machine_error
 from base.masking import masked
+from base.process import keep_memory
 from base.storage import set_down
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _over_run_file(function: Callable[..., None], *, features_only: bool) -> cli
                 run = run.on(wanted, full=full)
             elif full:
                 raise ConfigError("--full is a form of --day: pass both")
-            with _reported(run.output):
+            with _reported(run.output), nullcontext() if features_only else _quick():
                 function(run, **options)
 
     config = click.option("--config", type=click.Path(path_type=Path), required=True, help="The run file (TOML).")
@@ -359,7 +360,7 @@ def generate(kind: str, out: Path, days: str, rows: int, seed: int, overwrite: b
 @click.option("--rows", default=100_000, show_default=True, help="Impressions per day.")
 def demo(output: Path, rows: int) -> None:
     """The main job on the synthetic log: seven days in, published scores and a report out."""
-    with _reported(output):
+    with _reported(output), _quick():
         from pipelines.demo import demo
 
         demo(output, rows)
@@ -371,7 +372,7 @@ def demo(output: Path, rows: int) -> None:
 @click.option("--items", default=20_000, show_default=True, help="Of the catalogue, on the first day.")
 def demo_retrieval(output: Path, rows: int, items: int) -> None:
     """Two stages on a synthetic catalogue: candidates by two towers, put in order by a ranking model, and a report."""
-    with _reported(output):
+    with _reported(output), _quick():
         from base.config import parse_config
         from features.readers.catalogue import CatalogueConfig
         from pipelines.demo_retrieval import demo_retrieval
@@ -386,7 +387,7 @@ def demo_retrieval(output: Path, rows: int, items: int) -> None:
 @click.option("--days", default=5, show_default=True, type=click.IntRange(min=1), help="How many days to live through.")
 def production_demo(output: Path, rows: int, days: int) -> None:
     """A real MLflow and a real Airflow live through some days of a drifting log, one table row a day."""
-    with _reported(output):
+    with _reported(output), _quick():
         from pipelines.production_demo import production_demo
 
         production_demo(output, rows, days)
@@ -448,6 +449,15 @@ def _reported(output: Path | None = None) -> Iterator[None]:
         sys.exit(UNEXPECTED)
 
 
+@contextmanager
+def _quick() -> Iterator[None]:
+    """How torch computes in our own processes, from before its first threads."""
+    from recsys.device import denormals_flushed
+
+    with denormals_flushed():
+        yield
+
+
 def _unexpected(error: BaseException, output: Path | None) -> str:
     """A sentence about an error that nobody foresaw, and where its traceback is."""
     trace = masked("".join(traceback.format_exception(error)))
@@ -473,5 +483,11 @@ def _quiet() -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks of what we tell in a sentence
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `recsys`: a process of our own."""
+    keep_memory()
     main()
+
+
+if __name__ == "__main__":
+    run()

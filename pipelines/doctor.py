@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from base import process
 from base.config import load_config
 from base.errors import UserError
 from base.masking import masked
@@ -54,6 +55,7 @@ def examine(config: Path | None = None, settings: Sequence[str] = ()) -> list[Fi
     findings.append(judge_triple(_version("torch"), _version("torchrec"), cpu or cuda))
     findings.append(_kernels())
     findings.append(_device(bool(cuda)))
+    findings += [_memory(), _denormals()]
     if config is not None:
         findings.extend(_run(config, settings))
     return findings
@@ -96,6 +98,22 @@ def _device(cuda_build: bool) -> Finding:
         f"device: CPU, {torch.get_num_threads()} threads",
         "fbgemm's CUDA build needs a GPU: run `make setup ACCEL=cpu`" if cuda_build else "",
     )
+
+
+def _memory() -> Finding:
+    if process.kept is None:
+        return Finding(True, "malloc: as it is, since the C library is not glibc; steps may wait for memory")
+    return Finding(True, f"malloc: keeps what is freed, blocks below {process.kept.mapped_from >> 20} MiB at least")
+
+
+def _denormals() -> Finding:
+    try:
+        from recsys.device import denormals_flushed, flushes_denormals
+    except (ImportError, OSError):
+        return Finding(False, "torch does not import", "remove .venv and run `make setup`")
+    with denormals_flushed():
+        flushed = flushes_denormals()
+    return Finding(True, "denormal numbers: " + ("flushed to zero" if flushed else "kept, this processor cannot flush"))
 
 
 def _run(config: Path, settings: Sequence[str]) -> list[Finding]:

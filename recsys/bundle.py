@@ -22,7 +22,7 @@ from features.schema import Output, Schema
 from features.split import Day
 from recsys.calibration import Calibrator, calibrated
 from recsys.data import IdCount, IdPolicy, batches, to_columns
-from recsys.device import CPU
+from recsys.device import CPU, denormals_flushed
 from recsys.models import Model, ModelConfig, build_model
 from recsys.sparsity.config import Sparsity
 from recsys.sparsity.tables import SparseTables
@@ -127,7 +127,7 @@ class Bundle:
         names = [o.name for o in self.outputs]
         self.model.eval()
         for batch in batches(columns, batch_size):
-            with torch.no_grad():
+            with torch.no_grad(), denormals_flushed():
                 logits_BL = self.model(batch.to(self.device))
                 p_BO = self.model.probabilities(logits_BL).float().cpu().numpy()
                 odds_BO = None

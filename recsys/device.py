@@ -1,7 +1,10 @@
-"""Where tensors live: the only place that chooses a device."""
+"""Where tensors live, and how their processor computes: the only place that chooses a device."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Literal
 
+import numpy as np
 import torch
 
 from base.errors import SetupError
@@ -15,3 +18,25 @@ def pick_device(wanted: DeviceName) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise SetupError("device = 'cuda': torch sees no CUDA device; use 'cpu', or see `recsys doctor`")
     return torch.device("cuda") if wanted != "cpu" and torch.cuda.is_available() else CPU
+
+
+@contextmanager
+def denormals_flushed() -> Generator[None]:
+    """Numbers too small for a normal float are 0 inside, on this thread and those that it starts.
+
+    A processor may take a hundred times as long for one of them, and softmax's gradients are full of them. Threads
+    inherit the setting when they start, so that in a process of our own it stands before all else.
+    """
+    for dtype in (np.float32, np.float64):
+        np.finfo(dtype)  # which would otherwise be asked for the first time inside, and warn
+    before = flushes_denormals()
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+def flushes_denormals() -> bool:
+    """Whether this thread does so now; False on a processor that cannot."""
+    return bool((torch.tensor([1e-40], dtype=torch.float32) * 1.0).eq(0).item())

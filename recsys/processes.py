@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from base.config import Config
 from base.errors import FULL, ConfigError, SetupError, UserError
+from base.process import keep_memory
 from base.storage import dump_json, publish, resolve
 from features.schema import NewRows, Schema
 from recsys import checkpoint, trainer
@@ -32,7 +33,7 @@ from recsys.checkpoint import WarmStart
 from recsys.contrast.corpus import Corpus
 from recsys.contrast.task import require_trainable
 from recsys.data import ExampleStream
-from recsys.device import CPU
+from recsys.device import CPU, denormals_flushed
 from recsys.models import ModelConfig
 from recsys.retrieval import Ranking
 from recsys.sparsity.config import Sparsity
@@ -264,20 +265,24 @@ def _learn(path: Path, rank: int) -> Pace:
     if job.warm is not None:
         fresh = {name: rows_K.numpy() for name, rows_K in load_tensors(path / "fresh").items()}
         warm = WarmStart(job.warm.folder, fresh, job.warm.new_rows, job.warm.accumulator_decay)
-    return trainer.learn(
-        job.model,
-        job.contract,
-        job.fit,
-        job.valid,
-        job.train,
-        job.folder,
-        device=device,
-        identity=job.identity,
-        warm=warm,
-        item_counts=load_tensors(path / "item_counts")["counts"].numpy() if (path / "item_counts").is_dir() else None,
-        on_step=(lambda progress: _tell(progress=asdict(progress))) if rank == 0 else lambda _: None,
-    )
+    with denormals_flushed():
+        return trainer.learn(
+            job.model,
+            job.contract,
+            job.fit,
+            job.valid,
+            job.train,
+            job.folder,
+            device=device,
+            identity=job.identity,
+            warm=warm,
+            item_counts=load_tensors(path / "item_counts")["counts"].numpy()
+            if (path / "item_counts").is_dir()
+            else None,
+            on_step=(lambda progress: _tell(progress=asdict(progress))) if rank == 0 else lambda _: None,
+        )
 
 
 if __name__ == "__main__":
+    keep_memory()
     {"torchrun": _torchrun, "rank": _rank}[sys.argv[1]](*sys.argv[2:])
