@@ -71,7 +71,7 @@ def as_in_the_log(bundle: Bundle, column: str, values: pd.Series) -> pl.Series:
         if _converted(pl.Series([value], strict=False), kind, dtype) is None:
             wanted = dtype if kind == "other" else kind
             remedy = f"send {wanted}, and null or None for a missing value"
-            if kind in ("integer", "integers"):
+            if kind == "integer" and isinstance(value, float):
                 remedy += (
                     "; ids must not pass through float, as pandas lets integers beside a missing one: from 2^53 on, "
                     'give the column the dtype "UInt64", or send rows without a value apart'

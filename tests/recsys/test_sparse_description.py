@@ -13,6 +13,7 @@ from features.schema import Schema, Sparse, carried
 from recsys.bundle import load_model
 from recsys.data import ExampleStream
 from recsys.device import CPU
+from recsys.embeddings import shown
 from recsys.distributed import Sharded, reset_tables, shard
 from recsys.models import Model, ModelConfig, build_model
 from recsys.models.autoint import AutoIntConfig
@@ -83,7 +84,7 @@ def test_says_what_the_rows_written_out_say(examples, case: str, tmp_path: Path,
         column = frame[table.feature]
         for row in (column.explode(empty_as_null=False, keep_nulls=False) if table.multi else column).to_list():
             lookups_R[row] += 1
-        assert (said.name, said.rows, said.sparse) == (table.name, table.rows, table.sparse)
+        assert (said.name, said.rows, said.sparse) == (shown(table.name), table.rows, table.sparse)
         assert said.field == table.feature
         assert said.active == int(exists_RD[mine].sum())
         assert said.density == pytest.approx(exists_RD[mine].double().mean().item())
