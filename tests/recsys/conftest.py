@@ -40,10 +40,10 @@ class Examples:
             keys=(),
             dense=tuple(Dense(name=f"number{n}") for n in range(dense)),
             sparse=(
-                Sparse(name="shape", rows=7),
+                Sparse(name="type", rows=7),
                 Sparse(name="tags", rows=23, multi=True),
                 Sparse(name="word", rows=4_000),
-                Sparse(name="type", rows=1),
+                Sparse(name="only", rows=1),
                 Sparse(name="genres", rows=12, multi=True),
                 Sparse(name="geo.color", rows=5),
             ),

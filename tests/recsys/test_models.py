@@ -98,7 +98,7 @@ FUNNELS: dict[str, ModelConfig] = {
     "nise": NISEConfig(**NETWORK),
 }
 SIDES: dict[str, Any] = {
-    "query": ("shape", "tags", "number0"),
+    "query": ("type", "tags", "number0"),
     "item": ("word", "genres", "geo.color", "number1"),
     "dim": 8,
     "temperature": 0.5,
@@ -1422,15 +1422,15 @@ def test_each_vector_is_of_its_side(name: str, examples: Any) -> None:
 
 def test_unknown_rows_of_a_lone_id_go_on_learning(examples: Any) -> None:
     """At 0, where a length has no slope: a first step without bound would fill Adagrad's sum, and be the last."""
-    config = TwoTowerConfig(query=("shape",), item=("word",), dim=8, log_q=False)
+    config = TwoTowerConfig(query=("type",), item=("word",), dim=8, log_q=False)
     schema = examples.schema().model_copy(update={"item": "word"})
-    frame = examples.frame(schema, 60).with_columns(shape=pl.lit(0, pl.Int32), click=1.0)
+    frame = examples.frame(schema, 60).with_columns(type=pl.lit(0, pl.Int32), click=1.0)
     batch, other = (examples.batch(schema, part) for part in (frame[:30], frame[30:]))
     model, sharded = trainable(config, schema)
     sharded.silence_unknown()
     assert isinstance(model, TwoTower)
     assert not model.queries(logits(sharded.module, batch)).any()
-    row_D = sharded.tables["shape"].weights_RD[0]
+    row_D = sharded.tables[table_name("type")].weights_RD[0]
     for _ in range(30):
         step(model, sharded, batch)
     before_D = row_D.clone()
@@ -1473,9 +1473,9 @@ def test_ids_of_items_travel_exactly_however_large(examples: Any) -> None:
 def test_sides_that_cannot_be_meant_are_refused(examples: Any) -> None:
     schema = examples.schema().model_copy(update={"item": "word"})
     for changes, message in (
-        ({"query": ("shpe",)}, r"model\.query: 'shpe' is no feature; did you mean 'shape'\?"),
+        ({"query": ("tyype",)}, r"model\.query: 'tyype' is no feature; did you mean 'type'\?"),
         ({"item": ("word", "word")}, r"model\.item = \['word', 'word'\]: name each feature once"),
-        ({"item": ("shape",)}, r"both name 'shape': a query may know nothing of the item"),
+        ({"item": ("type",)}, r"both name 'type': a query may know nothing of the item"),
     ):
         with pytest.raises(ConfigError, match=message):
             build_model(TwoTowerConfig(**{**SIDES, **changes}), schema)

@@ -13,8 +13,8 @@ from features.schema import Schema, Sparse, carried
 from recsys.bundle import load_model
 from recsys.data import ExampleStream
 from recsys.device import CPU
-from recsys.embeddings import shown
 from recsys.distributed import Sharded, reset_tables, shard
+from recsys.embeddings import shown
 from recsys.models import Model, ModelConfig, build_model
 from recsys.models.autoint import AutoIntConfig
 from recsys.models.dcn import DCNConfig
@@ -28,7 +28,7 @@ from recsys.tensors import load_tensors
 from recsys.trainer import TrainConfig, train
 
 AUTOINT = AutoIntConfig(dim=8, layers=1, heads=1, attention_dim=4)
-UNEVEN = Sparsity(density=0.5, allocation="popularity", features=("word", "tags", "shape"))
+UNEVEN = Sparsity(density=0.5, allocation="popularity", features=("word", "tags", "type"))
 CASES = {
     "uneven rows, some tables dense": (AUTOINT, UNEVEN),
     "even rows": (AUTOINT, Sparsity(density=0.5)),
@@ -197,7 +197,7 @@ def test_a_training_notes_where_its_weights_are(examples, tmp_path: Path) -> Non
 def test_even_rows_and_dense_tables_note_no_tenths(examples) -> None:
     tables = tables_in(build_model(AUTOINT, examples.schema(), sparsity=UNEVEN))
     noted = Watch.over(tables, None).densities()
-    assert set(noted) == {"density.word", "density.tags", "density.shape"}
+    assert set(noted) == {"density.word", "density.tags", "density.type"}
     counts = {f.name: torch.ones(f.rows, dtype=torch.int64) for f in examples.schema().sparse}
     assert len(Watch.over(tables, counts).densities()) == 3 + TENTHS
 
