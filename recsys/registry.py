@@ -334,11 +334,11 @@ class ModelRegistry:
 def signature_of(bundle: Bundle) -> ModelSignature:
     """Raw columns and probabilities. Only text is typed: MLflow refuses an integer for a double, and missing lists.
 
-    The bundle checks every column itself.
+    The bundle checks every column itself, and that it is there: MLflow would refuse a request without rows.
     """
     kinds = {**dict.fromkeys(bundle.inputs, "other"), **bundle.features.kinds}
     types: dict[str, Any] = {c: DataType.string if kinds[c] == "text" else AnyType() for c in bundle.inputs}
-    inputs: list[Any] = [ColSpec(types[c], name=c, required=True) for c in bundle.inputs]
+    inputs: list[Any] = [ColSpec(types[c], name=c, required=False) for c in bundle.inputs]
     outputs: list[Any] = [ColSpec(DataType.float, name=o.name) for o in bundle.outputs]
     return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs))
 

@@ -41,6 +41,8 @@ class BundleModel(PythonModel):
         """Probabilities of raw rows, under their index. Raises MlflowException, which a server answers with, naming a
         column that is missing, or one that holds what the model cannot take, with the value."""
         present = [c for c in self.bundle.inputs if c in model_input.columns]
+        if not len(model_input):  # which may have no columns either, as of a request without records
+            return self.bundle.no_scores.to_pandas().set_index(model_input.index)
         try:
             frame = pl.DataFrame({c: as_in_the_log(self.bundle, c, cast(pd.Series, model_input[c])) for c in present})
             scores = pl.concat([self.bundle.no_scores, *self.bundle.predict(frame.lazy())]).to_pandas()

@@ -152,6 +152,10 @@ def test_the_index_is_kept_and_no_rows_give_no_rows(model: mlflow.pyfunc.PyFuncM
     split = {"dataframe_split": {"columns": LOG.columns, "data": []}}
     parsed = infer_and_parse_data(split, model.metadata.get_input_schema())
     assert model.predict(parsed).columns.tolist() == ["p_click"]
+    for parse in (of_records, of_json):  # nothing says which columns there would be
+        assert model.predict(parse([], model)).columns.tolist() == ["p_click"]
+    with pytest.raises(MlflowException, match="column 'user' is missing"):
+        model.predict(frame.drop(columns="user"))
 
 
 @pytest.mark.parametrize(
