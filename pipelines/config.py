@@ -351,6 +351,11 @@ class Run(FeatureRun):
         return self.output / "models" / (f"{name}-full" if self.full else name)
 
     @property
+    def training_lock(self) -> Path:
+        """Whoever trains this model holds it. It is no part of `folder`, which a refused training does not make."""
+        return self.output / "training" / self.folder.name
+
+    @property
     def bundle_path(self) -> Path:
         return self.folder / "bundle" if self.day is None else self.folder / "bundles" / f"day={self.day}"
 

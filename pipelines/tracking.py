@@ -9,7 +9,7 @@ from pathlib import Path
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from base.errors import ConfigError
+from base.errors import ConfigError, RegistryError
 from base.storage import MANIFEST, exclusive
 from pipelines.config import Run
 from recsys.bundle import Bundle
@@ -44,7 +44,14 @@ def registry_alone(run: Run, say: Callable[[str], None]) -> AbstractContextManag
 
 def _locks(run: Run) -> Path:
     kind, file, *_ = (*_database(run.tracking_uri), "")
-    return (Path(file).parent if kind == "sqlite" else run.output) / "registry"
+    folder = (Path(file).parent if kind == "sqlite" else run.output) / "registry"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # where even root makes no folder
+        raise RegistryError(
+            f"mlflow.uri = {run.mlflow.uri!r}: {error.filename} cannot be made; name another folder"
+        ) from None
+    return folder
 
 
 def model_of(run: Run, model: str) -> tuple[Bundle, str, str | None]:

@@ -55,7 +55,7 @@ def train(
         raise DataError(
             f"{run.features_path}: fitted from other [[features]] or [derive]; run `recsys prepare --overwrite`"
         )
-    with exclusive(run.folder, say):
+    with exclusive(run.training_lock, say):
         trained, examples = fit_window(run, fitted, run.examples_path, on_step=on_step)
         split = run.data.split
         origin = Origin(trained_to=str(days_of(split.train)[-1])) if isinstance(split, DaySplit) else NOWHERE

@@ -47,7 +47,7 @@ def train_day(run: Run, *, on_step: OnStep = lambda _: None, say: Say = print) -
     if run.sparsity is not None and run.sparsity.soup is not None:
         raise ConfigError("sparsity.soup: a daily model goes on from one training, not from a mean; leave it out")
     registry = registry_of(run)  # first: hours of training should not end in a refused connection
-    with exclusive(run.output / "training", say), exclusive(run.folder, say):
+    with exclusive(run.output / "training", say), exclusive(run.training_lock, say):
         bundle = _made(run)
         if bundle is None:
             bundle = _make(run, on_step, say)

@@ -221,7 +221,7 @@ def test_a_champion_of_meanwhile_is_not_overwritten(
 def waiting(run: Run, verb: Callable[..., Any], meanwhile: Callable[[], Any]) -> Future[Any]:
     """A verb that is begun while another one is at work, which does something and leaves."""
     said: Queue[str] = Queue()
-    alone = exclusive(run.folder, said.put) if verb is train else registry_alone(run, said.put)
+    alone = exclusive(run.training_lock, said.put) if verb is train else registry_alone(run, said.put)
     with ThreadPoolExecutor(1) as pool:
         with alone:
             begun = pool.submit(verb, run, say=said.put)

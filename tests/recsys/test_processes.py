@@ -46,7 +46,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "esmm": ("funnel", {"name": "esmm", "dim": 4, "tower": TOWER, "shared_embeddings": False}),
     "escm2": ("funnel", {"name": "escm2", "dim": 4, "tower": TOWER, "risk": "dr"}),
     "nise": ("funnel", {"name": "nise", "dim": 4, "tower": TOWER}),
-    "two_tower": ("items", {"name": "two_tower", "dim": 4, "query": ["shape", "tags"], "item": ["word", "genres"]}),
+    "two_tower": ("items", {"name": "two_tower", "dim": 4, "query": ["type", "tags"], "item": ["word", "genres"]}),
 }
 DROPPING = AUTOINT | {"embedding_dropout": 0.3}
 TOLERANCE = 1e-5
