@@ -51,6 +51,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 DROPPING = AUTOINT | {"embedding_dropout": 0.3}
 TOLERANCE = 1e-5
 """Weights after 25 to 30 steps: seen 8e-7. A tenth of it for losses and metrics: seen 1.2e-7, the last bit."""
+PAIR = 3e-5
+"""An AUC counts pairs: one of the some 36,000 of these validation rows may be so near a tie that the last bit turns it."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,10 @@ def check_close(one: Path, two: Path) -> None:
     there, here = checkpoint.stands_at(one), checkpoint.stands_at(two)
     assert (here.step, here.best_epoch, here.run) == (there.step, there.best_epoch, there.run)
     for first, second in zip(there.history, here.history, strict=True):
-        assert second == pytest.approx(first, abs=TOLERANCE / 10)
+        ranks = {name: value for name, value in first.items() if name.endswith(".auc")}
+        assert {name: second[name] for name in ranks} == pytest.approx(ranks, abs=PAIR)
+        rest = {name: value for name, value in second.items() if name not in ranks}
+        assert rest == pytest.approx({n: v for n, v in first.items() if n not in ranks}, abs=TOLERANCE / 10)
     assert [y for _, y in here.curve] == pytest.approx([y for _, y in there.curve], abs=TOLERANCE / 10)
 
 
