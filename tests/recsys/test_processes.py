@@ -52,7 +52,7 @@ DROPPING = AUTOINT | {"embedding_dropout": 0.3}
 TOLERANCE = 1e-5
 """Weights after 25 to 30 steps: seen 8e-7. A tenth of it for losses and metrics: seen 1.2e-7, the last bit."""
 PAIR = 3e-5
-"""An AUC counts pairs: one of the some 36,000 of these validation rows may be so near a tie that the last bit turns it."""
+"""An AUC counts pairs: one of these some 36,000 may be so near a tie that the last bit turns it."""
 
 
 @dataclass(frozen=True)
