@@ -20,6 +20,7 @@ def jobs_noted(measured: list[str]) -> list[records.Job]:
     return [job("a", 3), job("few", 1), job("b", 3)]
 
 
+@pytest.mark.slow
 def test_the_headline_is_measured_first_seed_by_seed(tmp_path: Path) -> None:
     measured: list[str] = []
     records.run_jobs(tmp_path / "r.jsonl", jobs_noted(measured), budget_seconds=60)

@@ -242,6 +242,7 @@ def test_frequencies_follow_the_exposures() -> None:
     assert shown_UI[expected_UI == 0].sum() == 0
 
 
+@pytest.mark.slow
 def test_clicks_follow_the_probabilities_of_pairs_and_of_matrices() -> None:
     frame = day_frame(DENSE, day_of(0))
     users, shown = frame["user_id"].to_numpy(), frame["item_id"].to_numpy()

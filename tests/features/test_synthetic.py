@@ -497,6 +497,7 @@ def drifting(**dials: object) -> SyntheticConfig:
     return SyntheticConfig.model_validate(dials)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dials", [{}, {**RATES, "taste": 1.0, "confounding": 1.5}])
 def test_drift_starts_from_the_log_without_it(dials: dict[str, object]) -> None:
     on, off = drifting(**dials), drifting(**dials, drift=0.0)
@@ -519,6 +520,7 @@ def test_a_drifting_day_alone_is_the_day_among_others_whatever_the_chunks() -> N
         assert again.equals(frames[index], null_equal=True)
 
 
+@pytest.mark.slow
 def test_effects_are_forgotten_exponentially_and_keep_their_spread() -> None:
     config, ids = drifting(drift=0.05), np.arange(40_000)
     pair = (ids, ids[::-1])
@@ -588,6 +590,7 @@ def test_what_was_learned_yesterday_is_worth_more_than_what_was_learned_last_mon
     assert all(young > old + 0.01 for young, old in pairwise(areas)), areas
 
 
+@pytest.mark.slow
 def test_ids_fade_as_others_are_born() -> None:
     config, days = drifting(rows_per_day=50_000), (0, 1, 2, 10, 28, 30)
     counts = {index: day_frame(config, day_of(index))["item_id"].value_counts() for index in days}

@@ -74,6 +74,7 @@ def test_scored_evaluated_and_served_are_the_same_numbers(run: Run) -> None:
     np.testing.assert_allclose(served, scored, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gives_bit_identical_scores(run: Run) -> None:
     code = """
 import sys, polars as pl
