@@ -2,8 +2,10 @@
 
 import re
 
-_USER = re.compile(r"(?<=://)[^\s/:@]*(:\S*)?@")
-"""To the last @, since a password may hold one that is not encoded."""
+_USER = re.compile(r"(?<=://)[^\s/:@]*(:(?:\S*|[^\n/@]*))?@")
+"""To the last @, since a password may hold one that is not encoded, or a blank."""
+_BARE = re.compile(r"(?<![\w/])[^\s/:@'\"=]+:[^\s/@]+@(?=\w)")
+"""Where the scheme was forgotten; `models:/ctr@champion` has a slash there."""
 _QUERY = re.compile(
     r"([?&;](?:\w*password|passwd|pass|pwd|\w*token|\w*secret|odbc_connect)=)[^\s&]+?(?=[^\w\s]*(?:\s|&|$))", re.I
 )
@@ -13,7 +15,7 @@ _QUERY = re.compile(
 def masked(text: str) -> str:
     """The text with `…` for whoever logs in at an address in it: user and password before the host, and passwords and
     tokens after the question mark."""
-    return _QUERY.sub(r"\1…", _USER.sub("…@", text))
+    return _QUERY.sub(r"\1…", _BARE.sub("…@", _USER.sub("…@", text)))
 
 
 def has_password(uri: str) -> bool:

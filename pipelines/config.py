@@ -150,14 +150,23 @@ def _address(uri: str) -> str:
     """An address that MLflow can have. Raises ValueError, which repeats no password."""
     if not re.match(r"https?://|sqlite:///|(postgresql|mysql|mssql)(\+\w+)?://", uri):
         raise ValueError(
-            f"{masked(uri)!r} is no address of MLflow; write http://…, https://…, sqlite:///FILE, "
+            f"{_quoted(uri)} is no address of MLflow; write http://…, https://…, sqlite:///FILE, "
             "postgresql+psycopg2://… or mysql+pymysql://…"
         )
-    if not uri.startswith("sqlite") and re.search(r"\s", uri):
-        raise ValueError("the address holds a blank; write it as %20")
+    if not uri.startswith("sqlite"):
+        if re.search(r"\s", uri):
+            raise ValueError("the address holds a blank; write it as %20")
+        # SQLAlchemy takes the password to end at the first @, and drivers tell the rest as the host's name.
+        if uri.partition("?")[0].count("@") > 1:
+            raise ValueError("the address holds more than one @; write those of user and password as %40")
     if uri.startswith("http") and has_password(uri):
         raise ValueError(f"{masked(uri)!r} holds a password, which MLflow would print; {_LOG_IN}")
     return uri
+
+
+def _quoted(text: str) -> str:
+    """What is no address, to be shown; not where an @ says that it may hold a password in a place of its own."""
+    return "what is given" if "@" in text else repr(masked(text))
 
 
 def _without_password(uri: str) -> str:
@@ -165,7 +174,7 @@ def _without_password(uri: str) -> str:
     if uri.startswith("$"):
         if not re.fullmatch(r"\$[A-Za-z_]\w*", uri) or uri == "$MLFLOW_TRACKING_URI":
             raise ValueError(
-                f"{masked(uri)!r} is no environment variable that can hold an address: MLflow itself writes "
+                f"{_quoted(uri)} is no environment variable that can hold an address: MLflow itself writes "
                 'MLFLOW_TRACKING_URI, and a name is letters, digits and _; write "$RECSYS_MLFLOW_URI", for instance'
             )
         return uri

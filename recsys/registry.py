@@ -371,9 +371,8 @@ def _require_database(uri: str) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
         create_engine(uri, poolclass=NullPool).connect().close()
     except (ArgumentError, ValueError) as error:
-        raise RegistryError(
-            f"mlflow.uri = {uri!r}: no driver can open this ({_first_line(error)}); correct it"
-        ) from None
+        said = "" if "@" in uri else f" ({_first_line(error)})"  # which may quote a part of the password
+        raise RegistryError(f"mlflow.uri = {uri!r}: no driver can open this{said}; correct it") from None
     except ModuleNotFoundError as error:
         raise RegistryError(
             f"mlflow.uri = {uri!r}: the driver {error.name!r} is not installed; install it, or name another: "

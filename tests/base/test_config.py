@@ -157,7 +157,10 @@ def test_every_fault_has_a_line() -> None:
         ("sqlite://mlflow.db", "'sqlite://mlflow.db' is no address of MLflow"),
         ("", "'' is no address of MLflow"),
         ("$MLFLOW_TRACKING_URI", "'$MLFLOW_TRACKING_URI' is no environment variable that can hold an address: MLflow "),
-        ("$http://u:S3cret@h", "'$http://…@h' is no environment variable"),
+        ("$http://u:S3cret@h", "what is given is no environment variable"),
+        ("u:S3cret@h/x", "what is given is no address of MLflow"),
+        ("postgres://u:my S3cret@h/x", "what is given is no address of MLflow"),
+        ("postgresql://u:p@S3cret@h/x", "the address holds more than one @; write those of user and password as %40"),
     ],
 )  # fmt: skip
 def test_an_address_that_cannot_be_or_tells_a_password(uri: str, said: str) -> None:

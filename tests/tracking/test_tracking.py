@@ -75,6 +75,14 @@ def test_a_password_is_not_repeated(uri: str, monkeypatch: pytest.MonkeyPatch) -
     assert "S3cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("password", ["a@S3cret", "a@b:S3cret", "S3cret:port@"])
+def test_no_part_of_a_password_is_taken_for_a_host_and_told(password: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OURS", f"postgresql+psycopg2://u:{password}@127.0.0.1:1/db")
+    with pytest.raises(ConfigError, match="more than one @") as caught:
+        registry_of(run_with("mlflow.uri=$OURS"))
+    assert "S3cret" not in str(caught.value)
+
+
 # What cannot be opened is told at once
 
 
