@@ -72,7 +72,8 @@ _REMEDIES = {
 }
 _NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 _MEMORY = re.compile(
-    "can't start new thread|Resource temporarily unavailable|(can't allocate|not enough|out of) memory|std::bad_alloc"
+    "can't start new thread|Resource temporarily unavailable|std::bad_alloc|"
+    "(can't allocate|not enough|(?<!CUDA )out of) memory"
 )
 
 
@@ -105,7 +106,7 @@ def explained(error: OSError) -> SetupError:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those that it was raised from or beside."""
+    """An error, and those that it was raised from or beside, unless it was raised `from None`."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

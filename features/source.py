@@ -27,6 +27,8 @@ from features.split import Day, EachDay, PerUserSplit, RandomSplit, Split, days_
 
 REASON = "__reason"
 """Why a row is set aside; null for a good one."""
+REJECTED = "rejected.parquet"
+"""Where such rows are published, beside the good ones."""
 
 Format = Literal["parquet", "csv", "criteo", "movielens-1m", "coat", "interactions"]
 Type = Literal["integer", "float", "text", "boolean"]
@@ -172,6 +174,12 @@ def key_faults(key: Sequence[str]) -> tuple[Sequence[pl.Expr], pl.Expr]:
     missing = [pl.when(pl.col(c).is_null()).then(pl.lit(f"key {c} is null")) for c in key]
     repeated = pl.struct(key).is_first_distinct().not_()
     return missing, pl.when(repeated).then(pl.lit(f"key {', '.join(key)} is repeated"))
+
+
+def write_rejected(bad: pl.DataFrame, file: Path) -> None:
+    """Write rows that were set aside and why, as `reason`; a raw column of that name becomes `raw_reason`."""
+    names = {REASON: "reason"} | ({"reason": "raw_reason"} if "reason" in bad.columns else {})
+    bad.rename(names).write_parquet(file)
 
 
 def limit_bad(where: str, bad: int, good: int, reasons: Mapping[str, int], allowed: float) -> None:

@@ -437,6 +437,8 @@ def _reported(output: Path | None = None) -> Iterator[None]:
         sys.exit(SUPERSEDED)
     except (KeyboardInterrupt, SystemExit, GeneratorExit, click.ClickException, click.exceptions.Exit, click.Abort):
         raise
+    except BrokenPipeError:  # click ends without a word where nobody reads on
+        raise
     except BaseException as error:  # a panic of Polars is no Exception
         told = error
         if not isinstance(error, UserError):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from base import process
 from base.config import load_config
-from base.errors import UserError
+from base.errors import UserError, explained, machine_error
 from base.masking import masked
 from base.storage import check_filesystem
 
@@ -151,6 +151,10 @@ def _registry(run: "Run") -> Finding:
         champion = registry_of(run).champion()
     except UserError as error:
         return Finding(False, str(error))
+    except OSError as error:
+        if (refused := machine_error(error)) is None:
+            raise
+        return Finding(False, str(explained(refused)))
     use = f"champion is version {champion.version}" if champion else "no champion yet"
     uri = run.tracking_uri
     kind = uri.partition("://")[0]

@@ -80,3 +80,20 @@ def test_no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_is_not_the_machines(error: Exception) -> None:
     assert machine_error(error) is None
+
+
+def test_what_was_only_being_handled_explains_nothing() -> None:
+    """A bug that is raised `from None` while a file was found to exist is a bug."""
+
+    def bug() -> None:
+        try:
+            raise FileExistsError(errno.EEXIST, "File exists", "/a")
+        except FileExistsError:
+            raise KeyError("bug") from None
+
+    assert machine_error(raised(bug)) is None
+
+
+def test_a_gpus_memory_is_not_the_machines() -> None:
+    assert machine_error(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")) is None
+    assert machine_error(RuntimeError("out of memory")) is not None

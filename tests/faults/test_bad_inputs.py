@@ -612,7 +612,7 @@ def test_a_few_rows_without_a_key_of_their_own_are_set_aside(
 
     def change(table: pl.DataFrame) -> pl.DataFrame:
         twice = table.slice(17, 3).with_columns(age=pl.lit(99, table["age"].dtype))
-        return pl.concat([some("impression_id", None, rows=2)(table), twice])
+        return pl.concat([some("impression_id", None, rows=2)(table), twice]).with_columns(reason=pl.lit("ours"))
 
     said: list[str] = []
     [whole] = score(platform.at(tmp_path / "whole"), model=str(bundle_path), say=quiet)
@@ -626,6 +626,7 @@ def test_a_few_rows_without_a_key_of_their_own_are_set_aside(
     rejected = pl.read_parquet(target / "rejected.parquet")
     assert dict(rejected["reason"].value_counts().iter_rows()) == reasons
     assert rejected.filter(pl.col("reason").str.contains("repeated"))["age"].to_list() == [99] * 3
+    assert rejected["raw_reason"].to_list() == ["ours"] * 5  # a column of the log that is called so
     assert said[-1].endswith(
         "set aside 2 x key impression_id is null; set aside 3 x key impression_id is repeated "
         f"-> {target}/rejected.parquet"

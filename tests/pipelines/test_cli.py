@@ -1,5 +1,6 @@
 """How the command line ends where nobody foresaw why: one sentence, an exit status, and the traceback in a file."""
 
+import errno
 import tempfile
 from pathlib import Path
 
@@ -83,4 +84,11 @@ def test_what_the_machine_refuses_is_told_with_its_remedy(tmp_path: Path, tempor
         assert ended.output.startswith(f"error: {out}")
         assert ended.output.endswith("; move away the file that is in the way, or name another folder\n")
     assert (tmp_path / "file").read_text() == "mine"
+    assert list(temporary.iterdir()) == []
+
+
+def test_nobody_who_reads_on_is_no_fault(tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = failing(BrokenPipeError(errno.EPIPE, "Broken pipe"), tmp_path / "out", monkeypatch)
+    assert (ended.exit_code, ended.output) == (1, "")  # as click ends it
+    assert not (tmp_path / "out").exists()
     assert list(temporary.iterdir()) == []

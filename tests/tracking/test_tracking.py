@@ -208,3 +208,6 @@ def test_doctor_finds_what_is_wrong(elsewhere: Path) -> None:
     assert "BAD file/out: publishing does not work there: Not a directory" in said
     assert "BAD mlflow.uri is Airflow's own database" in said
     assert "BAD" in diagnose('output="s3://bucket/runs"', status=1)
+    said = diagnose('output="file/out"', 'mlflow.uri="http://127.0.0.1:1"', status=1)  # whose lock would lie there
+    assert "BAD file/out: publishing does not work there: Not a directory" in said
+    assert "move away the file that is in the way" in said
