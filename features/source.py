@@ -176,10 +176,10 @@ def key_faults(key: Sequence[str]) -> tuple[Sequence[pl.Expr], pl.Expr]:
     return missing, pl.when(repeated).then(pl.lit(f"key {', '.join(key)} is repeated"))
 
 
-def write_rejected(bad: pl.DataFrame, file: Path) -> None:
-    """Write rows that were set aside and why, as `reason`; a raw column of that name becomes `raw_reason`."""
+def rejected(bad: pl.DataFrame) -> pl.DataFrame:
+    """Rows that were set aside, to be published: why, as `reason`; a raw column of that name becomes `raw_reason`."""
     names = {REASON: "reason"} | ({"reason": "raw_reason"} if "reason" in bad.columns else {})
-    bad.rename(names).write_parquet(file)
+    return bad.rename(names)
 
 
 def limit_bad(where: str, bad: int, good: int, reasons: Mapping[str, int], allowed: float) -> None:

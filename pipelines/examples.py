@@ -13,7 +13,7 @@ from features.columns import explained
 from features.pipeline import FeaturePipeline, FittedPipeline
 from features.profile import missing_in
 from features.schema import carried
-from features.source import REASON, REJECTED, limit_bad, write_rejected
+from features.source import REASON, REJECTED, limit_bad, rejected
 from pipelines.settings import FeatureRun
 
 ROW_GROUP = 2**17
@@ -147,7 +147,7 @@ def _write(run: FeatureRun, fitted: FittedPipeline, partition: str, staging: Sta
             run.source.checked(partition).filter(pl.col(REASON).is_not_null()).drop(labels).collect(engine="streaming")
         )
     if bad.height:
-        write_rejected(bad, staging / REJECTED)
+        rejected(bad).write_parquet(staging / REJECTED)
 
 
 def whole(target: Path, kind: str, *, overwrite: bool) -> Path | None:

@@ -10,7 +10,7 @@ from base.faults import faultpoint
 from base.storage import publish
 from features.columns import explained, require
 from features.schema import carried
-from features.source import REASON, REJECTED, key_faults, limit_bad, write_rejected
+from features.source import REASON, REJECTED, key_faults, limit_bad, rejected
 from recsys.bundle import Bundle, log_odds_of
 from recsys.data import IdCount, IdPolicy
 
@@ -94,7 +94,7 @@ def publish_scores(
         if bad.height:
             aside = frame.join(bad.lazy(), on=_ROW, maintain_order="left").drop(_ROW)
             with explained("setting rows aside"):
-                write_rejected(aside.collect(engine="streaming"), staging / REJECTED)
+                rejected(aside.collect(engine="streaming")).write_parquet(staging / REJECTED)
         staging.about.update(
             rows=total, bad=reasons, bundle=bundle.version, model_version=model_version, replaced_ids=count.replaced
         )
