@@ -178,8 +178,7 @@ def key_faults(key: Sequence[str]) -> tuple[Sequence[pl.Expr], pl.Expr]:
 
 def rejected(bad: pl.DataFrame) -> pl.DataFrame:
     """Rows that were set aside, to be published: why, as `reason`; a raw column of that name becomes `raw_reason`."""
-    names = {REASON: "reason"} | ({"reason": "raw_reason"} if "reason" in bad.columns else {})
-    return bad.rename(names)
+    return bad.rename({REASON: "reason", "reason": "raw_reason"}, strict=False)
 
 
 def limit_bad(where: str, bad: int, good: int, reasons: Mapping[str, int], allowed: float) -> None:
