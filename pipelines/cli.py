@@ -456,7 +456,7 @@ def _quick() -> Iterator[None]:
     """How torch computes in our own processes, from before its first threads."""
     from recsys.device import denormals_flushed
 
-    with denormals_flushed():
+    with denormals_flushed(own_process=True):
         yield
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -21,12 +22,15 @@ def pick_device(wanted: DeviceName) -> torch.device:
 
 
 @contextmanager
-def denormals_flushed() -> Generator[None]:
-    """Numbers too small for a normal float are 0 inside, on this thread and those that it starts.
+def denormals_flushed(*, own_process: bool = False) -> Generator[None]:
+    """Numbers too small for a normal float are 0 inside, on this thread alone.
 
     A processor may take a hundred times as long for one of them, and softmax's gradients are full of them. Threads
-    inherit the setting when they start, so that in a process of our own it stands before all else.
+    inherit the setting when they start, and keep it for ever: in a process of our own (`own_process`) it stands before
+    torch has any, and is all threads'; in a host they are started first, so that nothing is left behind.
     """
+    if not own_process:
+        _start_threads()
     for dtype in (np.float32, np.float64):
         np.finfo(dtype)  # which would otherwise be asked for the first time inside, and warn
     before = flushes_denormals()
@@ -35,6 +39,12 @@ def denormals_flushed() -> Generator[None]:
         yield
     finally:
         torch.set_flush_denormal(before)
+
+
+@cache
+def _start_threads() -> None:
+    """Torch's threads, which begin with the first operation that is large enough to be shared among them."""
+    torch.ones(2**20).neg()
 
 
 def flushes_denormals() -> bool:

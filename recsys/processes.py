@@ -265,7 +265,7 @@ def _learn(path: Path, rank: int) -> Pace:
     if job.warm is not None:
         fresh = {name: rows_K.numpy() for name, rows_K in load_tensors(path / "fresh").items()}
         warm = WarmStart(job.warm.folder, fresh, job.warm.new_rows, job.warm.accumulator_decay)
-    with denormals_flushed():
+    with denormals_flushed(own_process=True):
         return trainer.learn(
             job.model,
             job.contract,

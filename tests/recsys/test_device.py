@@ -1,5 +1,9 @@
 """How the processor computes: denormal numbers are 0 inside, and as before outside."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import polars as pl
 import pytest
@@ -42,3 +46,24 @@ def test_a_bundle_flushes_while_it_computes_and_leaves_its_host_as_it_was(monkey
     for _ in bundle.predict(raw.lazy(), batch_size=1):
         assert not flushes_denormals()
     assert inside == [True] * 3
+
+
+THREADS = """
+import torch
+from recsys.device import denormals_flushed
+def flushed():
+    return ((torch.full((2**22,), 1e-38) * 0.01) == 0).double().mean().item()
+with denormals_flushed(own_process={own}):
+    inside = flushed()
+print(inside, flushed())
+"""
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_threads_flush_in_our_own_processes_and_never_in_a_host(own: bool) -> None:
+    """Where torch has no thread yet: those that start inside keep the setting."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    code = [sys.executable, "-W", "ignore", "-c", THREADS.format(own=own)]
+    said = subprocess.run(code, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    inside, after = map(float, said[-2:])
+    assert inside == 1 if own else after == 0
